@@ -1,0 +1,209 @@
+"""Importance criteria: torch-pruning's, on groups written from the layout.
+
+A group gathers, for one axis, every layer the axis runs through. Convolution and linear weights are handed over with the axis gathered
+into one dimension, (elements, everything else), so that heads, groups and concatenations score like plain channels.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from ..errors import CompressError
+from ..structure import terms
+from ..structure.layout import Layout, parse
+
+Data = Iterable[tuple[torch.Tensor, torch.Tensor]]
+Statistic = Callable[[nn.Module, Data], "dict[str, torch.Tensor]"]
+
+
+@dataclass(frozen=True, slots=True)
+class Criterion:
+    """One importance criterion.
+
+    Attributes:
+        importance: Name of the class in `torch_pruning.importance`, and its arguments.
+        statistic: What to gather from data before scoring: parameter name → tensor of its shape; None for criteria on weights alone.
+        source: The paper.
+    """
+
+    importance: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    statistic: Statistic | None = None
+    source: str = ""
+
+
+def gradient(model: nn.Module, data: Data) -> dict[str, torch.Tensor]:
+    """Gradient of the cross-entropy, summed over batches."""
+    model.zero_grad()
+    for images, target in tqdm(data, desc="gradients", unit="batch", leave=False):
+        F.cross_entropy(model(images), target).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def squared_gradient(model: nn.Module, data: Data) -> dict[str, torch.Tensor]:
+    """Mean over samples of the squared gradient of each sample's cross-entropy: the diagonal of the empirical Fisher information."""
+    total: dict[str, torch.Tensor] = {}
+    samples = 0
+    for images, target in tqdm(data, desc="per-sample gradients", unit="batch", leave=False):
+        for image, label in zip(images.split(1), target.split(1), strict=True):
+            model.zero_grad()
+            F.cross_entropy(model(image), label).backward()
+            samples += 1
+            for name, p in model.named_parameters():
+                if p.grad is not None:
+                    total[name] = total.get(name, 0) + p.grad**2
+    return {name: value / samples for name, value in total.items()}
+
+
+CRITERIA: dict[str, Criterion] = {
+    "l1": Criterion("GroupMagnitudeImportance", {"p": 1}, source="Li et al. 2017, Pruning Filters for Efficient ConvNets"),
+    "l2": Criterion("GroupMagnitudeImportance", {"p": 2}, source="Fang et al. 2023, DepGraph"),
+    "bn_scale": Criterion("BNScaleImportance", source="Liu et al. 2017, Network Slimming"),
+    "lamp": Criterion("LAMPImportance", source="Lee et al. 2021, Layer-adaptive Sparsity for Magnitude-based Pruning"),
+    "fpgm": Criterion("FPGMImportance", source="He et al. 2019, Filter Pruning via Geometric Median"),
+    "random": Criterion("RandomImportance", source="baseline"),
+    "taylor": Criterion("GroupTaylorImportance", statistic=gradient, source="Molchanov et al. 2019, Importance Estimation for Pruning"),
+    "hessian": Criterion("GroupHessianImportance", statistic=squared_gradient, source="LeCun et al. 1989, Optimal Brain Damage"),
+    "obdc": Criterion("OBDCImportance", {"num_classes": -1}, statistic=squared_gradient, source="Wang et al. 2019, EigenDamage, section 3"),
+}
+
+
+def scores(model: nn.Module, layout: Layout, names: Iterable[str], criterion: str, data: Data | None = None, seed: int = 0) -> dict[str, np.ndarray]:
+    """Importance of every element of the given axes, normalised per axis as the criterion does (usually to a mean of 1).
+
+    Args:
+        model: The model, not changed.
+        layout: Its layout.
+        names: Axes to score.
+        criterion: A key of `CRITERIA`.
+        data: Batches of (images (batch, channels, height, width), class indices (batch,)) for criteria that need them.
+        seed: For the random criterion.
+
+    Returns:
+        Axis → float array (size,). Axes the criterion says nothing about (no BatchNorm on it, say) are missing.
+
+    Raises:
+        CompressError: If the criterion is unknown, or needs data and there is none.
+    """
+    from torch_pruning.pruner import importance
+
+    chosen = CRITERIA.get(criterion)
+    if chosen is None:
+        raise CompressError(f"criterion: expected one of {', '.join(CRITERIA)}, found {criterion!r}")
+    statistics: dict[str, torch.Tensor] = {}
+    if chosen.statistic is not None:
+        statistics = _gather(model, chosen.statistic, criterion, data)
+    found = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name in names:
+            scorer = getattr(importance, chosen.importance)(**chosen.arguments)
+            group = _Group(_items(model, layout, name, statistics, scorer))
+            if criterion == "random":
+                group = _Group([_Item(SimpleNamespace(), list(range(layout.axes[name].size)), [])])
+            score = scorer(group) if len(group) else None
+            if score is not None and len(score) == layout.axes[name].size and bool(torch.isfinite(score).all()):
+                found[name] = score.detach().double().cpu().numpy()
+    return found
+
+
+def _gather(model: nn.Module, statistic: Statistic, criterion: str, data: Data | None) -> dict[str, torch.Tensor]:
+    if data is None:
+        raise CompressError(f"criterion {criterion!r} looks at data: pass data=, an iterable of (images, class indices) batches")
+    subject = copy.deepcopy(model).eval().requires_grad_(True)
+    try:
+        found = statistic(subject, data)
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise CompressError(f"data: expected batches of (images, class indices) that the model takes: {error}") from error
+    if not found:
+        raise CompressError("data: expected at least one batch of (images, class indices), found none")
+    return found
+
+
+@dataclass(slots=True)
+class _Item:
+    """One entry of a torch-pruning group: a layer, the positions of the axis in it, and the element of the axis at each position."""
+
+    dep: Any
+    idxs: list[int]
+    root_idxs: list[int]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.dep, self.idxs))
+
+
+class _Group(list[_Item]):
+    """What torch-pruning's importance classes need of a `torch_pruning.Group`."""
+
+
+def _items(model: nn.Module, layout: Layout, axis: str, statistics: dict[str, torch.Tensor], scorer: Any) -> list[_Item]:
+    from torch_pruning.pruner import function
+
+    items = []
+    for path, module in model.named_modules():
+        name = f"{path}.weight" if path else "weight"
+        dims = layout.params.get(name)
+        if dims is None or not any(axis in terms.axes(parse(d)) for d in dims):
+            continue
+        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+            outputs = 1 if getattr(module, "transposed", False) else 0
+            for d in (outputs, 1 - outputs):
+                rows = _rows(layout, dims[d], axis)
+                if rows is not None:
+                    items.append(_weights(module.weight, d, rows, statistics.get(name), scorer, is_output=d == outputs))
+        elif isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)) and len(dims) == 1:
+            labels = terms.labels(parse(dims[0]), layout.base_sizes, axis)  # type: ignore[arg-type]
+            handler = function.prune_layernorm_out_channels if isinstance(module, nn.LayerNorm) else function.prune_batchnorm_out_channels
+            layer = module
+            if name in statistics:
+                layer = copy.copy(module)
+                layer._parameters = dict(module._parameters)
+                layer.weight = nn.Parameter(module.weight.detach().clone())
+                layer.weight.grad = statistics[name]
+            positions = np.flatnonzero(labels >= 0)
+            items.append(_Item(_dependency(layer, handler), positions.tolist(), labels[positions].tolist()))
+    return items
+
+
+def _rows(layout: Layout, dim: str, axis: str) -> np.ndarray | None:
+    """Positions of each element of an axis along a dimension: (size of the axis, positions an element has)."""
+    labels = terms.labels(parse(dim), layout.base_sizes, axis)  # type: ignore[arg-type]
+    positions = np.flatnonzero(labels >= 0)
+    if len(positions) == 0:
+        return None
+    order = positions[np.argsort(labels[positions], kind="stable")]
+    return order.reshape(layout.axes[axis].size, -1)
+
+
+def _weights(weight: torch.Tensor, dim: int, rows: np.ndarray, statistic: torch.Tensor | None, scorer: Any, *, is_output: bool) -> _Item:
+    from torch_pruning.pruner import function
+
+    def gathered(tensor: torch.Tensor) -> torch.Tensor:
+        matrix = tensor.detach().movedim(dim, 0)[torch.from_numpy(rows)].reshape(len(rows), -1)
+        return matrix if is_output else matrix.t()
+
+    layer = nn.Linear(1, 1, bias=False, device="meta")
+    layer.weight = nn.Parameter(gathered(weight))
+    if statistic is not None:
+        layer.weight.grad = gathered(statistic)
+        if hasattr(scorer, "Fisher"):
+            scorer.Fisher[layer] = layer.weight.grad
+            scorer.steps = 1
+    handler = function.prune_linear_out_channels if is_output else function.prune_linear_in_channels
+    every = list(range(len(rows)))
+    return _Item(_dependency(layer, handler), every, list(every))
+
+
+def _dependency(layer: nn.Module, handler: Any) -> SimpleNamespace:
+    # torch-pruning's classes spell the same two things in two ways.
+    return SimpleNamespace(layer=layer, pruning_fn=handler, target=SimpleNamespace(module=layer), handler=handler)

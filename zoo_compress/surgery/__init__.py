@@ -1,0 +1,1 @@
+"""Module and structure in, module out: tracing, resizing and proving."""

@@ -1,0 +1,99 @@
+"""From variables to names: the last step of an analysis."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from torch import nn
+
+from ..structure import unify as u
+from ..structure.layout import Axis, Layout
+from ..structure.terms import Term, axes, substitute
+from ..structure.unify import Variable
+from ..structure.widths import unsolvable
+from .metadata import Attributes, describe_standard_modules
+from .tracer import Tracer
+
+
+def finish(model: nn.Module, tracer: Tracer, dims: dict[str, list[Term]], attributes: Attributes, batch: int) -> Layout:
+    """Freeze what no choice of widths can satisfy, name the axes and write the layout down.
+
+    Args:
+        model: The analysed model.
+        tracer: What the run left behind.
+        dims: Parameter or buffer name → one term over variables per dimension.
+        attributes: Attribute path → its variable.
+        batch: Number of samples the run's costs are for.
+    """
+    describe_standard_modules(model, dims, attributes)
+    for variable in attributes.values():
+        _give_hint(variable)
+    _settle_links(tracer, dims)
+    names = _names(dims, tracer)
+
+    def written(term: Term) -> str:
+        return str(substitute(u.resolve(term), lambda v: names.get(v, v.size)))  # type: ignore[arg-type, union-attr]
+
+    moving = {path: v for path, v in attributes.items() if any(a in names and a.frozen is None for a in u.variables(v))}
+    costs = Counter(written(cost) for cost in tracer.costs)
+    return Layout(
+        params={name: tuple(written(term) for term in terms) for name, terms in dims.items()},
+        axes={name: Axis(v.size, v.frozen, v.ordered) for v, name in names.items()},
+        attributes={path: written(variable) for path, variable in moving.items()},
+        scales={path: written(term) for path, term in tracer.scales.items() if any(v in names for v in u.variables(term))},
+        links=tuple(dict.fromkeys((written(a), written(b)) for a, b in tracer.links)),
+        macs_terms=tuple((term, count) for term, count in costs.items()),
+        batch=batch,
+        trained=frozenset(name for name, _ in model.named_parameters()),
+        normalised=frozenset(names[v] for term in tracer.mixed for v in u.variables(term) if v in names),
+        unknown=dict(tracer.unknown),
+    )
+
+
+def _settle_links(tracer: Tracer, dims: dict[str, list[Term]]) -> None:
+    """Drop links that hold by themselves; freeze axes that a link ties to something that never changes."""
+    stored = {v for terms in dims.values() for term in terms for v in u.variables(term)}
+    while True:
+        links = [(u.resolve(a), u.resolve(b)) for a, b in tracer.links]
+        tracer.links = [link for link in links if link[0] != link[1] and any(_changes(side) for side in link)]
+        for link in tracer.links:
+            for side in link:
+                for variable in u.variables(side):
+                    if variable not in stored and variable.attribute is None:
+                        u.freeze(variable, "its size is that of a temporary tensor")
+        free = {str(v.serial): v for link in tracer.links for side in link for v in axes(side) if v.frozen is None}  # type: ignore[union-attr]
+        named = [tuple(substitute(side, lambda v: v.size if v.frozen else str(v.serial)) for side in link) for link in tracer.links]  # type: ignore[union-attr]
+        held = unsolvable({name: v.size for name, v in free.items()}, named)  # type: ignore[arg-type]
+        if not held:
+            return
+        for name in held:
+            u.freeze(free[name], "its size is tied to another that cannot follow")
+
+
+def _changes(term: Term) -> bool:
+    return any(v.frozen is None for v in u.variables(term))
+
+
+def _give_hint(variable: Variable) -> None:
+    """Axes that an attribute names get its letter."""
+    target = u.resolve(variable)
+    if isinstance(target, Variable) and variable.attribute is not None:
+        name = variable.attribute.rpartition(".")[2]
+        target.hint = target.hint or ("d" if "head_dim" in name else "h" if "heads" in name else "g" if "groups" in name else "")
+
+
+def _names(dims: dict[str, list[Term]], tracer: Tracer) -> dict[Variable, str]:
+    """Name every axis of a parameter, and every attribute a link needs, in order of appearance: c channels, e features, h heads, …"""
+    names: dict[Variable, str] = {}
+    counts: Counter[str] = Counter()
+    appearing = [(v, "c" if len(terms) > 2 else "e") for terms in dims.values() for term in terms for v in u.variables(term)]
+    appearing += [(v, "n") for link in tracer.links for side in link for v in u.variables(side)]
+    for variable, letter in appearing:
+        if variable not in names:
+            letter = variable.hint or letter
+            names[variable] = f"{letter}{counts[letter]}"
+            counts[letter] += 1
+    return names
+
+
+

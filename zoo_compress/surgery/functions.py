@@ -1,0 +1,257 @@
+"""Torch functions whose arguments are sizes: where the numbers came from is known here, before they reach an operation.
+
+A handler runs the function and ties each size it was given to the term of the dimension it describes. Sizes that no handler accounts for
+freeze the axes they split (`Tracer.regroup`), so a missing entry costs prunable axes and never a wrong layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from ..structure import unify as u
+from ..structure.terms import Term, concat
+from .rules import attention
+from .tracer import Tracer
+
+Handler = Callable[..., Any]
+FUNCTIONS: dict[Any, Handler] = {}
+
+
+def handles(*functions: Any) -> Callable[[Handler], Handler]:
+    """Register a handler, called as `handler(tracer, function, *args, **kwargs)`."""
+
+    def register(handler: Handler) -> Handler:
+        FUNCTIONS.update(dict.fromkeys(functions, handler))
+        return handler
+
+    return register
+
+
+def _flat(sizes: Sequence[Any]) -> list[int]:
+    return list(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else list(sizes)
+
+
+@handles(torch.Tensor.shape.__get__)  # type: ignore[attr-defined]
+def _shape(t: Tracer, function: Any, tensor: torch.Tensor) -> Any:
+    return torch.Size([t.read_size(n, term) for n, term in zip(function(tensor), t.dims(tensor), strict=True)])
+
+
+@handles(torch.Tensor.size)
+def _size(t: Tracer, function: Any, tensor: torch.Tensor, dim: int | None = None) -> Any:
+    shape = _shape(t, lambda x: x.shape, tensor)
+    return shape if dim is None else shape[dim]
+
+
+@handles(torch.Tensor.view, torch.Tensor.reshape, torch.reshape)
+def _view(t: Tracer, function: Any, tensor: torch.Tensor, *sizes: Any, **named: Any) -> torch.Tensor:
+    with t.sizes_known():
+        out = function(tensor, *sizes, **named)
+    shape = _flat(sizes) if sizes else list(named.get("shape", named.get("size", ())))
+    if not any(isinstance(s, torch.dtype) for s in shape):
+        for size, term in zip(shape, t.dims(out), strict=True):
+            t.meet(size, term)
+    return out
+
+
+@handles(torch.Tensor.unflatten, torch.unflatten)
+def _unflatten(t: Tracer, function: Any, tensor: torch.Tensor, dim: int, sizes: Sequence[int]) -> torch.Tensor:
+    with t.sizes_known():
+        out = function(tensor, dim, sizes)
+    for size, term in zip(sizes, t.dims(out)[dim % tensor.ndim :], strict=False):
+        t.meet(size, term)
+    return out
+
+
+@handles(torch.Tensor.expand)
+def _expand(t: Tracer, function: Any, tensor: torch.Tensor, *sizes: Any) -> torch.Tensor:
+    before = [1] * (len(_flat(sizes)) - tensor.ndim) + [int(n) for n in tensor.shape]
+    out = function(tensor, *sizes)
+    for size, term, old in zip(_flat(sizes), t.dims(out), before, strict=True):
+        if old == 1 and size != 1:
+            t.adopt(size, term)
+        else:
+            t.meet(size, term)
+    return out
+
+
+@handles(torch.Tensor.repeat, torch.tile, torch.Tensor.tile)
+def _repeat(t: Tracer, function: Any, tensor: torch.Tensor, *sizes: Any) -> torch.Tensor:
+    repeats = _flat(sizes)
+    out = function(tensor, *sizes)
+    padded = [1] * (len(repeats) - tensor.ndim) + t.dims(tensor)
+    for count, whole, term in zip(repeats, t.dims(out), padded, strict=False):
+        if count > 1:
+            with t.sizes_known():
+                t.meet(count, t.regroup([whole], [int(count), u.size_of(term)])[0])
+    return out
+
+
+@handles(torch.Tensor.split, torch.split, torch.Tensor.split_with_sizes, torch.split_with_sizes)
+def _split(t: Tracer, function: Any, tensor: torch.Tensor, sizes: Any, dim: int = 0) -> Any:
+    with t.sizes_known():
+        out = function(tensor, sizes, dim)
+    whole = int(tensor.shape[dim])
+    if isinstance(sizes, int):
+        sizes = [sizes] * (len(out) if whole % sizes == 0 else len(out) - 1)
+    for size, part in zip(sizes, out, strict=False):
+        t.meet(size, t.dims(part)[dim])
+    return out
+
+
+@handles(torch.Tensor.chunk, torch.chunk, torch.Tensor.tensor_split, torch.tensor_split)
+def _chunk(t: Tracer, function: Any, tensor: torch.Tensor, count: Any, dim: int = 0) -> Any:
+    with t.sizes_known():
+        out = function(tensor, count, dim)
+    first, *others = (t.dims(part)[dim] for part in out)
+    for other in others:
+        if u.size_of(other) == u.size_of(first):
+            t.links.append((first, other))
+        else:
+            for term in (first, *others):
+                u.freeze(term, f"{t.where} cuts it into unequal chunks")
+    return out
+
+
+@handles(torch.Tensor.narrow, torch.narrow)
+def _narrow(t: Tracer, function: Any, tensor: torch.Tensor, dim: int, start: int, length: int) -> torch.Tensor:
+    _bounds(t, t.dims(tensor)[dim], int(tensor.shape[dim]), start, start + length)
+    with t.sizes_known():
+        return function(tensor, dim, start, length)
+
+
+@handles(torch.Tensor.__getitem__)
+def _getitem(t: Tracer, function: Any, tensor: torch.Tensor, index: Any) -> torch.Tensor:
+    _slices(t, tensor, index)
+    with t.sizes_known():
+        return function(tensor, index)
+
+
+@handles(torch.Tensor.__setitem__)
+def _setitem(t: Tracer, function: Any, tensor: torch.Tensor, index: Any, value: Any) -> None:
+    _slices(t, tensor, index)
+    with t.sizes_known():
+        function(tensor, index, value)
+
+
+def _slices(t: Tracer, tensor: torch.Tensor, index: Any) -> None:
+    """Cut the dimensions that `tensor[index]` slices, and tie the bounds to the cuts."""
+    items = index if isinstance(index, tuple) else (index,)
+    used = sum(i.ndim if isinstance(i, torch.Tensor) and i.dtype == torch.bool else 1 for i in items if i is not None and i is not Ellipsis)
+    terms = t.dims(tensor)
+    d = 0
+    for item in items:
+        if item is Ellipsis:
+            d += tensor.ndim - used
+        elif isinstance(item, slice):
+            if item.step in (None, 1):
+                _bounds(t, terms[d], int(tensor.shape[d]), item.start, item.stop)
+            d += 1
+        elif item is not None:
+            d += item.ndim if isinstance(item, torch.Tensor) and item.dtype == torch.bool else 1
+
+
+def _bounds(t: Tracer, term: Term, size: int, start: Any, stop: Any) -> None:
+    low, high, _ = slice(start, stop).indices(size)
+    if isinstance(u.resolve(term), int) or low >= high:
+        return
+    if (low, high) == (0, size):
+        if stop is not None and stop == size and not type(stop) is int:  # noqa: E714 - a Size knows where it came from
+            t.meet(stop, term)
+        return
+    with t.sizes_known():
+        before, inside, after = t.slices(term, [low, high - low, size - high])
+    if start is not None:
+        t.meet(start, before) if start >= 0 else t.meet(-start, concat(inside, after))
+    if stop is not None and high < size:
+        t.meet(stop, concat(before, inside)) if stop >= 0 else t.meet(-stop, after)
+
+
+@handles(torch.zeros, torch.ones, torch.empty, torch.rand, torch.randn, torch.full)
+def _factory(t: Tracer, function: Any, *args: Any, **named: Any) -> torch.Tensor:
+    out = function(*args, **named)
+    sizes = named.get("size") or (args[0] if function is torch.full else _flat(args))
+    return _adopted(t, out, list(sizes))
+
+
+@handles(torch.Tensor.new_zeros, torch.Tensor.new_ones, torch.Tensor.new_empty, torch.Tensor.new_full)
+def _new(t: Tracer, function: Any, tensor: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
+    out = function(tensor, *args, **named)
+    sizes = named.get("size") or (args[0] if function is torch.Tensor.new_full else _flat(args))
+    return _adopted(t, out, list(sizes))
+
+
+def _adopted(t: Tracer, out: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    for size, term in zip(sizes, t.dims(out), strict=True):
+        t.adopt(size, term)
+    return out
+
+
+@handles(F.pad, torch._C._nn.pad)
+def _pad(t: Tracer, function: Any, tensor: torch.Tensor, pad: Sequence[int], *args: Any, **named: Any) -> torch.Tensor:
+    out = function(tensor, pad, *args, **named)
+    for i in range(len(pad) // 2):
+        low, high = pad[2 * i], pad[2 * i + 1]
+        before, after = t.dims(tensor)[-1 - i], t.dims(out)[-1 - i]
+        if not isinstance(u.resolve(before), int) and low >= 0 and high >= 0 and low + high > 0:
+            with t.sizes_known():
+                first, _, last = t.slices(after, [int(low), u.size_of(before), int(high)])
+            t.meet(low, first)
+            t.meet(high, last)
+    return out
+
+
+@handles(torch.conv1d, torch.conv2d, torch.conv3d)
+def _convolution(t: Tracer, function: Any, input: torch.Tensor, weight: torch.Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0,
+                 dilation: Any = 1, groups: int = 1) -> torch.Tensor:  # fmt: skip
+    out = function(input, weight, bias, stride, padding, dilation, groups)
+    if groups > 1:
+        t.meet(groups, t.groups)
+    return out
+
+
+@handles(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
+def _transposed(t: Tracer, function: Any, input: torch.Tensor, weight: torch.Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0,
+                output_padding: Any = 0, groups: int = 1, dilation: Any = 1) -> torch.Tensor:  # fmt: skip
+    out = function(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    if groups > 1:
+        t.meet(groups, t.groups)
+    return out
+
+
+@handles(F.group_norm, torch.group_norm)
+def _group_norm(t: Tracer, function: Any, input: torch.Tensor, num_groups: int, *args: Any, **named: Any) -> torch.Tensor:
+    out = function(input, num_groups, *args, **named)
+    if num_groups > 1:
+        t.meet(num_groups, t.groups)
+    return out
+
+
+@handles(F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm)
+def _layer_norm(t: Tracer, function: Any, input: torch.Tensor, normalized_shape: Sequence[int], *args: Any, **named: Any) -> torch.Tensor:
+    out = function(input, normalized_shape, *args, **named)
+    for size, term in zip(normalized_shape, t.dims(input)[-len(normalized_shape) :], strict=True):
+        t.meet(size, term)
+    return out
+
+
+@handles(F.scaled_dot_product_attention)
+def _attention(t: Tracer, function: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
+               dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> torch.Tensor:  # fmt: skip
+    named = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+    if enable_gqa:
+        return function(query, key, value, **named)
+    with t.silenced():
+        out = function(query, key, value, **named)
+    t.operation = "attention"
+    t.set(out, attention(t, out, query, key, value, attn_mask))
+    if scale is None and t.modules:
+        width = t.dims(query)[-1]
+        path, module = t.modules[-1]
+        for name, found in vars(module).items():
+            if isinstance(found, float) and abs(found - u.size_of(width) ** -0.5) < 1e-9:
+                t.scales[f"{path}.{name}" if path else name] = width
+    return out

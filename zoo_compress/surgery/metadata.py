@@ -1,0 +1,152 @@
+"""Numbers that modules keep about their sizes: those the forward pass reads, and those that only describe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..structure import unify as u
+from ..structure.terms import Term, product
+from ..structure.unify import Variable
+from .sizes import Size
+from .tracer import Tracer
+
+Attributes = dict[str, Variable]
+"""`module.path.attr`, or `module.path.attr[i]` in a tuple or list → the variable that stands for the number there."""
+
+
+def tag_attributes(model: nn.Module) -> Attributes:
+    """Replace every plain `int` above 1 on every module (and in its tuples and lists) by a `Size` that remembers where it came from."""
+    found: Attributes = {}
+
+    def tag(value: Any, path: str) -> Any:
+        if type(value) is not int or value < 2:
+            return value
+        found[path] = Variable(value, attribute=path)
+        return Size(value, found[path])
+
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        for name, value in list(vars(module).items()):
+            if type(value) in (tuple, list):
+                vars(module)[name] = type(value)(tag(item, f"{prefix}{name}[{i}]") for i, item in enumerate(value))
+            else:
+                vars(module)[name] = tag(value, f"{prefix}{name}")
+    return found
+
+
+class Spy:
+    """Learns during and after the run which numbers describe which dimensions, where the forward pass itself reads none of them.
+
+    timm documents `num_features`, `head_hidden_size`, `feature_info` and `reset_classifier` for all its models.
+    """
+
+    def __init__(self, tracer: Tracer, model: nn.Module, attributes: Attributes) -> None:
+        self.tracer, self.model, self.attributes = tracer, model, attributes
+        self.features: list[Term] = []
+        self.taps: dict[str, list[Term]] = {}
+        self.handles = []
+        if callable(getattr(model, "forward_features", None)):
+            original = model.forward_features
+
+            def forward_features(*args: Any, **kwargs: Any) -> Any:
+                out = original(*args, **kwargs)
+                if isinstance(out, torch.Tensor):
+                    self.features = tracer.dims(out)
+                return out
+
+            vars(model)["forward_features"] = forward_features
+        for _, info in _feature_info(model):
+            module = dict(model.named_modules()).get(info.get("module", ""))
+            if module is not None:
+                self.handles.append(module.register_forward_hook(self._tap(info["module"])))
+
+    def _tap(self, path: str) -> Any:
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            if isinstance(out, torch.Tensor):
+                self.taps[path] = self.tracer.dims(out)
+
+        return hook
+
+    def finish(self, dims: dict[str, list[Term]]) -> None:
+        """Tie what was seen to the attributes that describe it."""
+        for handle in self.handles:
+            handle.remove()
+        vars(self.model).pop("forward_features", None)
+        self.tracer.operation = "metadata"
+        self._describe("num_features", self.features)
+        for i, info in _feature_info(self.model):
+            term = _channel(self.taps.get(info.get("module", ""), []), info.get("num_chs", 0))
+            if term is not None:
+                path = f"feature_info[{i}].num_chs"
+                self.attributes[path] = Variable(int(info["num_chs"]), attribute=path)
+                self.attributes[path].bound = term
+        self._reset_classifier(dims)
+
+    def _describe(self, name: str, terms: list[Term]) -> None:
+        size = vars(self.model).get(name)
+        term = _channel(terms, size) if isinstance(size, Size) else None
+        if term is not None:
+            self.tracer.meet(size, term)  # type: ignore[arg-type]
+
+    def _reset_classifier(self, dims: dict[str, list[Term]]) -> None:
+        """Ask the model for a new classifier: the sizes it is built with are the attributes that a user's call will read."""
+        if not callable(getattr(self.model, "reset_classifier", None)) or getattr(self.model, "num_classes", 0) < 1:
+            return
+        old = {id(module) for module in self.model.modules()}
+        try:
+            with torch.device("meta"), self.tracer.silenced():
+                self.model.reset_classifier(int(self.model.num_classes) + 1)  # type: ignore[operator]
+        except (TypeError, RuntimeError, AttributeError, AssertionError, ValueError, NotImplementedError):
+            return  # a model whose classifier cannot be reset has no attribute to keep for it
+        for path, module in self.model.named_modules():
+            weight = dims.get(f"{path}.weight")
+            read = getattr(module, "in_features", None)
+            if id(module) not in old and isinstance(read, Size) and weight is not None and len(weight) == 2:
+                self.tracer.meet(read, weight[1])
+                self._describe("head_hidden_size", [weight[1]])
+
+
+def describe_standard_modules(model: nn.Module, dims: dict[str, list[Term]], attributes: Attributes) -> None:
+    """Tie the descriptive numbers of torch's own layers (`in_channels`, `out_features`, …) to the dimensions of their weights."""
+    for path, module in model.named_modules():
+        for name, term in _standard(path, module, dims, attributes):
+            variable = attributes.get(f"{path}.{name}" if path else name)
+            if variable is not None and variable.bound is None and variable.size == u.size_of(term):
+                variable.bound = term
+
+
+def _standard(path: str, module: nn.Module, dims: dict[str, list[Term]], attributes: Attributes) -> Iterator[tuple[str, Term]]:
+    prefix = f"{path}." if path else ""
+    weight = dims.get(f"{prefix}weight") or dims.get(f"{prefix}running_mean")
+    if weight is None:
+        return
+    if isinstance(module, nn.modules.conv._ConvNd):
+        groups = attributes.get(f"{prefix}groups", 1)
+        sides = (weight[0], product(groups, weight[1]))
+        yield from zip(("in_channels", "out_channels") if module.transposed else ("out_channels", "in_channels"), sides, strict=True)
+    elif isinstance(module, nn.Linear):
+        yield from zip(("out_features", "in_features"), weight, strict=True)
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        yield "num_features", weight[0]
+    elif isinstance(module, nn.GroupNorm):
+        yield "num_channels", weight[0]
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        yield from ((f"normalized_shape[{i}]", term) for i, term in enumerate(weight))
+    elif isinstance(module, nn.Embedding):
+        yield from zip(("num_embeddings", "embedding_dim"), weight, strict=True)
+
+
+def _feature_info(model: nn.Module) -> list[tuple[int, dict[str, Any]]]:
+    info = getattr(model, "feature_info", None)
+    entries = getattr(info, "info", info)
+    return [(i, e) for i, e in enumerate(entries) if isinstance(e, dict)] if isinstance(entries, (list, tuple)) else []
+
+
+def _channel(terms: list[Term], size: int) -> Term | None:
+    """The dimension of an output that has as many elements as its channels; dimensions that axes run along come first."""
+    fitting = [term for term in terms[1:] if u.size_of(term) == size]
+    return min(fitting, key=lambda term: not u.variables(term), default=None)

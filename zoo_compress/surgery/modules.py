@@ -1,0 +1,127 @@
+"""Reading and writing what a layout names: tensors by name, attributes by path."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from timm.models import FeatureInfo
+from torch import Tensor, nn
+
+Step = str | int
+
+_PATH = re.compile(r"\w+(\[\d+\])*(\.\w+(\[\d+\])*)*", re.ASCII)
+_STEP = re.compile(r"\[(\d+)\]|(\w+)", re.ASCII)
+
+
+def get_attribute(model: nn.Module, path: str) -> Any:
+    """Value at an attribute path.
+
+    Args:
+        model: The root of the path.
+        path: Module names and an attribute joined by dots, then indices into tuples or lists and keys of dicts:
+            `blocks.0.attn.num_heads`, `norm.normalized_shape[0]`, `feature_info[2].num_chs`.
+
+    Raises:
+        AttributeError: If there is no such module, or no such value in that module's own `__dict__`. Methods, properties, class
+            attributes, modules, parameters, buffers and dunder names are not reachable.
+    """
+    module, steps = _locate(model, path)
+    value: Any = module.__dict__
+    for step in steps:
+        value = _item(value, step, path)
+    return value
+
+
+def set_attribute(model: nn.Module, path: str, value: object) -> None:
+    """Replace the value at an attribute path; see `get_attribute` for paths and errors."""
+    get_attribute(model, path)
+    module, steps = _locate(model, path)
+    _put(module.__dict__, steps, value)
+
+
+def get_tensor(model: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer of that name.
+
+    Raises:
+        AttributeError: If there is none.
+    """
+    owner, _, key = name.rpartition(".")
+    module = model.get_submodule(owner)
+    for tensors in (module._parameters, module._buffers):
+        tensor = tensors.get(key)
+        if tensor is not None:
+            return tensor
+    raise AttributeError(f"{type(model).__name__} has no parameter or buffer {name!r}")
+
+
+def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Give a parameter or buffer new contents, of any shape, wherever in the model it is used.
+
+    A parameter stays the same object, so ties, hooks, `requires_grad` and subclasses outlive the change; its gradient is dropped.
+    A buffer is replaced by `tensor` in every module of this model that holds it: it may be shared with other models.
+
+    Raises:
+        AttributeError: If there is no tensor of that name.
+    """
+    old = get_tensor(model, name)
+    if isinstance(old, nn.Parameter):
+        old.data = tensor.detach()
+        old.grad = None
+        return
+    for module in model.modules():
+        for key, buffer in module._buffers.items():
+            if buffer is old:
+                module._buffers[key] = tensor
+
+
+def clear_caches(model: nn.Module) -> None:
+    """Drop tensors that modules keep between calls in eval mode; timm's models do so when they are set to train.
+
+    Every module's own training flag is left as it was.
+    """
+    flags = {module: module.training for module in model.modules()}
+    model.train()
+    for module, training in flags.items():
+        module.training = training
+
+
+def _locate(model: nn.Module, path: str) -> tuple[nn.Module, list[Step]]:
+    """The module a path leads to and the steps left from that module's `__dict__`."""
+    if _PATH.fullmatch(path) is None:
+        raise AttributeError(f"{path[:80]!r} is no attribute path such as 'blocks.0.attn.num_heads'")
+    steps: list[Step] = [int(index) if index else name for index, name in _STEP.findall(path)]
+    module, done = model, 0
+    while (child := module._modules.get(str(steps[done]))) is not None and isinstance(steps[done], str) and done < len(steps) - 1:
+        module, done = child, done + 1
+    attribute, keys = steps[done], zip(steps[done:], steps[done + 1 :], strict=False)
+    if any(isinstance(step, str) and isinstance(before, str) for before, step in keys):
+        raise AttributeError(f"{path!r}: {type(module).__name__} has no module {attribute!r}")
+    if not isinstance(attribute, str) or attribute.startswith("__") or attribute not in module.__dict__:
+        raise AttributeError(f"{type(model).__name__} has no plain attribute {path!r}")
+    return module, steps[done:]
+
+
+def _item(value: Any, step: Step, path: str) -> Any:
+    if isinstance(step, int) and isinstance(value, (tuple, list, FeatureInfo)) and step < len(value):
+        return value[step]
+    if isinstance(step, str) and isinstance(value, dict) and step in value:
+        return value[step]
+    raise AttributeError(f"{path!r}: {type(value).__name__} has no item {step!r}")
+
+
+def _put(container: Any, steps: list[Step], value: object) -> Any:
+    """The container with `value` put at the steps; only tuples, which cannot change, are made anew."""
+    if not steps:
+        return value
+    step, *rest = steps
+    if isinstance(container, FeatureInfo):
+        _put(container.info, steps, value)
+        return container
+    item = _put(container[step], rest, value)
+    if not isinstance(container, tuple):
+        container[step] = item
+        return container
+    at = int(step)  # into a tuple only
+    items = [*container[:at], item, *container[at + 1 :]]
+    return container._make(items) if hasattr(container, "_make") else type(container)(items)

@@ -1,0 +1,76 @@
+"""Where a model comes from: the timm architecture and arguments it was built of, and the record it already carries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from timm.models import is_model
+from torch import nn
+
+from ..structure.variant import OPTIONS, Variant
+
+# timm reads these off the live model whenever it saves one; drop rates are a matter of training, and it leaves them out.
+_TRACKED = ("num_classes", "in_chans", "global_pool", "img_size")
+_SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a record must say about the base.
+
+    Attributes:
+        base: timm architecture, without a tag.
+        args: Construction arguments, those of `Variant.base_args`.
+        previous: The record of a model that is compressed already.
+    """
+
+    base: str
+    args: dict[str, Any]
+    previous: Variant | None
+
+
+def origin(model: nn.Module) -> Origin | None:
+    """Origin of a model that timm's factory made, compressed or not; None for any other module.
+
+    Raises:
+        VariantError: If the model carries a record that is none.
+    """
+    cfg = getattr(model, "pretrained_cfg", None)
+    architecture = cfg.get("architecture") if isinstance(cfg, Mapping) else None
+    if not architecture or not is_model(architecture):
+        return None
+    args = dict(getattr(model, "_model_args", {}))
+    stored = args.get("variant")
+    previous = Variant.from_dict(stored) if stored is not None else None
+    own = {name: value for name, value in args.items() if _describes_base(name, value)}
+    if previous is None:
+        return Origin(architecture, own, None)
+    return Origin(previous.base, {**previous.base_args, **own}, previous)
+
+
+def stamp(model: nn.Module, variant: Variant) -> None:
+    """Make a resized model say what it is, so that timm's own saving writes a checkpoint that can be created again.
+
+    Sets `pretrained_cfg` (a copy, named `<base>__<method>` and without the base's weight sources, which no longer fit) and puts the
+    record into the arguments timm stores.
+    """
+    # A tag stays: some entrypoints derive structure from it.
+    cfg = {name: value for name, value in model.pretrained_cfg.items() if name not in _SOURCES}  # type: ignore[operator, union-attr]
+    cfg.update(architecture=variant.architecture, custom_load=False, label_offset=None)
+    model.pretrained_cfg = model.default_cfg = cfg  # type: ignore[assignment]
+    args = getattr(model, "_model_args", {})
+    kept = {name: value for name, value in args.items() if name not in variant.base_args and name not in OPTIONS}
+    model._model_args = {**kept, "variant": variant.to_dict()}  # type: ignore[assignment]
+
+
+def _describes_base(name: str, value: object) -> bool:
+    if name in _TRACKED or name in OPTIONS or name.endswith("drop_rate") or name in ("drop_path_rate", "drop_block_rate"):
+        return False
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True

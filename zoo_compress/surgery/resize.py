@@ -1,0 +1,102 @@
+"""The executor: a layout and a choice of widths make a new static model."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..errors import WidthError
+from ..structure import terms
+from ..structure.layout import Layout, Widths, parse
+from ..structure.variant import record
+from .modules import clear_caches, set_attribute
+from .origin import origin, stamp
+from .tracer import named_tensors
+
+
+def resize(model: nn.Module, layout: Layout, widths: Widths) -> nn.Module:
+    """A copy of the model with other widths. The model itself stays as it is.
+
+    Args:
+        model: The model that `layout` was inferred of.
+        layout: Its layout.
+        widths: Axis → its new size (the first elements stay) or the indices that stay, in their new order.
+
+    Returns:
+        A new module of the same class, on the same device and in the same mode. A model of timm's says of itself that it is
+        `<architecture>__pruned`, and saves and reloads as that.
+
+    Raises:
+        WidthError: If the layout does not admit the widths, or is not the layout of this model.
+    """
+    sizes = layout.sizes(widths)
+    grown = [name for name, size in sizes.items() if size > layout.axes[name].size]
+    if grown:
+        raise WidthError(f"axis {grown[0]!r}: expected at most its {layout.axes[grown[0]].size} elements, found {sizes[grown[0]]}")
+    layout.check_links(widths)
+    check_fits(model, layout)
+    source = origin(model)
+    resized = permuted_copy(model, layout, picks(layout, widths))
+    for path, term in layout.attributes.items():
+        set_attribute(resized, path, terms.size(parse(term), sizes))
+    for path, term in layout.scales.items():
+        set_attribute(resized, path, terms.size(parse(term), sizes) ** -0.5)
+    clear_caches(resized)
+    if source is not None:
+        stamp(resized, record(layout, sizes, method="pruned", base=source.base, base_args=source.args, previous=source.previous))
+    return resized
+
+
+def picks(layout: Layout, widths: Widths) -> dict[str, np.ndarray]:
+    """Axis → indices kept, for the axes that a choice of widths changes."""
+    out = {}
+    for name, width in widths.items():
+        indices = np.arange(width) if isinstance(width, (int, np.integer)) else np.asarray(width)
+        if len(indices) != layout.axes[name].size or (indices != np.arange(len(indices))).any():
+            out[name] = indices
+    return out
+
+
+def permuted_copy(model: nn.Module, layout: Layout, pick: dict[str, np.ndarray]) -> nn.Module:
+    """A copy of the model in which every parameter and buffer keeps, along each axis in `pick`, the elements named there.
+
+    Parameters that nothing changes are copied too; no tensor is shared with the model.
+    """
+    memo: dict[int, Any] = {}
+    for name, tensor in named_tensors(model):
+        chosen = reindex(tensor.detach(), layout.params[name], layout, pick)
+        if chosen is not None:
+            memo[id(tensor)] = nn.Parameter(chosen, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else chosen
+    return copy.deepcopy(model, memo)
+
+
+def reindex(tensor: torch.Tensor, dims: tuple[str, ...], layout: Layout, pick: dict[str, np.ndarray]) -> torch.Tensor | None:
+    """The elements of a tensor that a choice keeps, as a new tensor; None where the choice does not touch it."""
+    touched = False
+    for d, text in enumerate(dims):
+        term = parse(text)
+        if any(axis in pick for axis in terms.axes(term)):
+            index = terms.index(term, layout.base_sizes, pick)  # type: ignore[arg-type]
+            tensor = tensor.index_select(d, torch.from_numpy(index).to(tensor.device))
+            touched = True
+    return tensor if touched else None
+
+
+def check_fits(model: nn.Module, layout: Layout) -> None:
+    """Check that a layout describes this model's parameters.
+
+    Raises:
+        WidthError: Naming the first parameter that does not fit.
+    """
+    tensors = dict(named_tensors(model))
+    if tensors.keys() != layout.params.keys():
+        name = min(tensors.keys() ^ layout.params.keys())
+        raise WidthError(f"{name!r} is in {'the model' if name in tensors else 'the layout'} only: the layout is of another model")
+    for name, tensor in tensors.items():
+        expected = tuple(terms.size(parse(d), layout.base_sizes) for d in layout.params[name])  # type: ignore[arg-type]
+        if tuple(tensor.shape) != expected:
+            raise WidthError(f"{name!r}: the layout says {expected}, found {tuple(tensor.shape)}: analyze the model again")

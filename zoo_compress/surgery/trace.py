@@ -1,0 +1,194 @@
+"""Analysis: run a model once on tensors without data and infer the layout of its parameters."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..errors import AnalysisError
+from ..structure import unify as u
+from ..structure.layout import Layout
+from ..structure.terms import Term
+from ..structure.unify import Variable
+from . import metadata
+from .finish import finish
+from .functions import FUNCTIONS
+from .rules import COSTLY, RULES, elementwise
+from .tracer import Tracer, named_tensors
+
+BATCH = 2  # a batch of one could be mistaken for a dimension to broadcast
+
+
+def analyze(model: nn.Module, example_input: torch.Tensor | None = None) -> Layout:
+    """Infer the layout of a model: every dimension of every parameter and buffer in named axes.
+
+    The model runs once in eval mode, as a copy whose tensors have shapes and no data, so nothing is computed and nothing is changed.
+
+    Args:
+        model: Any module; timm models know their input size.
+        example_input: A batch (at least 2, channels, height, width) where the model does not say what it takes. Only its shape and
+            dtype are used.
+
+    Returns:
+        The layout. What the engine did not understand is frozen in it, with a reason.
+
+    Raises:
+        AnalysisError: If `model` is no module, its input is not known, or it does not run.
+    """
+    if not isinstance(model, nn.Module):
+        raise AnalysisError(f"analyze: expected a torch.nn.Module, found {type(model).__name__}")
+    example = example_input if example_input is not None else default_input(model)
+    if not isinstance(example, torch.Tensor):
+        raise AnalysisError(f"example_input: expected a tensor (batch, channels, height, width), found {type(example).__name__}")
+    failures = []
+    for device in ("meta", "cpu"):  # a model that looks at values needs real tensors
+        try:
+            return _analyze(model, example, device)
+        except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+            failures.append(error)
+    error = failures[-1]
+    shape = tuple(example.shape)
+    raise AnalysisError(f"{type(model).__name__} does not run on an input of shape {shape}: {type(error).__name__}: {error}") from error
+
+
+def default_input(model: nn.Module) -> torch.Tensor:
+    """A batch of two images of the size a timm model was made for, without data: (2, channels, height, width).
+
+    Raises:
+        AnalysisError: If the model does not say what it takes.
+    """
+    from timm.models import get_model_input_config
+
+    if not getattr(model, "pretrained_cfg", None):
+        raise AnalysisError(f"{type(model).__name__} does not say what input it takes: pass example_input")
+    parameter = next(model.parameters(), None)
+    dtype = parameter.dtype if parameter is not None and parameter.is_floating_point() else torch.float32
+    return torch.empty((BATCH, *get_model_input_config(model)["input_size"]), dtype=dtype, device="meta")
+
+
+def _analyze(model: nn.Module, example: torch.Tensor, device: str) -> Layout:
+    tracer = Tracer()
+    clone = _copy_without_data(model) if device == "meta" else copy.deepcopy(model)
+    # Modules that keep tensors between calls in eval mode forget them when they are put into training mode.
+    clone.train().eval()
+    dims = {name: [Variable(n) if n > 1 else 1 for n in tensor.shape] for name, tensor in named_tensors(clone)}
+    for name, tensor in named_tensors(clone):
+        tracer.set(tensor, dims[name])
+    attributes = metadata.tag_attributes(clone)
+    image = torch.empty(example.shape, dtype=example.dtype, device="meta") if device == "meta" else torch.randn(example.shape).to(example.dtype)
+    tracer.set(image, _image_terms(image))
+    with _traced(tracer, clone), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        spy = metadata.Spy(tracer, clone, attributes)
+        output = clone(image)
+        spy.finish(dims)
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, torch.Tensor):
+            for term in tracer.dims(leaf):
+                u.freeze(term, "model output (class logits)")
+    for name, tensor in named_tensors(clone):
+        if id(tensor) not in tracer.seen:
+            for term in dims[name]:
+                u.freeze(term, "not used when the model runs in eval mode")
+    return finish(model, tracer, dims, attributes, batch=int(example.shape[0]))
+
+
+def _image_terms(image: torch.Tensor) -> list[Term]:
+    terms: list[Term] = [int(n) for n in image.shape]
+    if image.ndim == 4 and image.shape[1] > 1:
+        channels = Variable(int(image.shape[1]))
+        channels.frozen = "image channels"
+        terms[1] = channels
+    return terms
+
+
+def _copy_without_data(model: nn.Module) -> nn.Module:
+    """A copy whose tensors have shapes and no data."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers, vars(module)):
+            for tensor in tree_leaves(list(tensors.values())):
+                if isinstance(tensor, torch.Tensor) and id(tensor) not in memo:
+                    empty = torch.empty_like(tensor, device="meta")
+                    memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(model, memo)
+
+
+@contextmanager
+def _traced(tracer: Tracer, model: nn.Module) -> Iterator[None]:
+    def enter(path: str) -> Callable[..., None]:
+        return lambda module, _: tracer.modules.append((path, module))
+
+    def leave(module: nn.Module, _: Any, __: Any) -> None:
+        tracer.modules.pop()
+
+    handles = []
+    for path, module in model.named_modules():
+        handles += [module.register_forward_pre_hook(enter(path)), module.register_forward_hook(leave)]
+    with _Operations(tracer), _Functions(tracer):
+        yield
+    for handle in handles:
+        handle.remove()
+
+
+class _Functions(TorchFunctionMode):
+    """Sees the sizes a model passes to torch functions, with where they came from."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        handler = None if self.tracer.quiet else FUNCTIONS.get(func)
+        self.tracer.operation = getattr(func, "__name__", str(func))
+        return func(*args, **(kwargs or {})) if handler is None else handler(self.tracer, func, *args, **(kwargs or {}))
+
+
+class _Operations(TorchDispatchMode):
+    """Sees every ATen operation and applies its rule."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tracer = self.tracer
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        tracer.seen.update(map(id, tensors))
+        out = func(*args, **kwargs)
+        if not tracer.quiet:
+            self._apply(func, args, kwargs, tensors, out)
+        return out
+
+    def _apply(self, func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor], out: Any) -> None:
+        tracer = self.tracer
+        name = func._schema.name.partition("::")[2]
+        tracer.operation = name
+        rule = RULES.get(name) or RULES.get(name.removesuffix("_"))
+        if tensors and rule not in COSTLY and all(map(tracer.is_constant, tensors)):
+            return
+        if rule is not None:
+            names = [a.name for a in func._schema.arguments]
+            terms = rule(tracer, out, **dict(zip(names, args, strict=False)), **kwargs)
+        elif torch.Tag.pointwise in func.tags and isinstance(out, torch.Tensor):
+            terms = elementwise(tracer, tensors, out)
+        else:
+            if tracer.freeze_all(tensors, f"{tracer.where} has no rule"):
+                tracer.unknown[f"aten.{name}"] += 1
+            return
+        if isinstance(out, torch.Tensor):
+            tracer.set(out, terms)
+        else:
+            for tensor, dims in zip(out, terms, strict=True):
+                if isinstance(tensor, torch.Tensor):
+                    tracer.set(tensor, dims)

@@ -1,0 +1,152 @@
+"""State of one analysis: what is known of every tensor's dimensions while the model runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from ..structure import unify as u
+from ..structure.terms import Term, concat, product
+from ..structure.unify import Variable
+from .sizes import Size
+
+
+class Tracer:
+    """Knows the term of every dimension of every tensor met so far, and collects links and costs.
+
+    Attributes:
+        links: Pairs of terms whose sizes must stay equal.
+        costs: One term per convolution or matrix product, whose size is its number of multiply-accumulates for the whole batch.
+        scales: Float attribute → the head width whose inverse square root it holds.
+        mixed: Dimensions along which elements influence each other.
+        unknown: Operations that no rule knew and that froze an axis.
+        modules: Stack of (path, module) being run.
+        seen: Identities of the tensors that operations have met.
+        groups: The number of groups of the latest grouped operation, for the function rule that knows where the number came from.
+    """
+
+    def __init__(self) -> None:
+        self.links: list[tuple[Term, Term]] = []
+        self.costs: list[Term] = []
+        self.scales: dict[str, Term] = {}
+        self.mixed: list[Term] = []
+        self.unknown: Counter[str] = Counter()
+        self.modules: list[tuple[str, torch.nn.Module]] = []
+        self.operation = ""
+        self.groups: Term = 1
+        self.seen: set[int] = set()
+        self.quiet = False
+        self._sizes_known = False
+
+    @property
+    def where(self) -> str:
+        """Where the model is now, for messages."""
+        path = self.modules[-1][0] if self.modules else ""
+        return f"{path}: {self.operation}" if path else self.operation
+
+    def dims(self, tensor: torch.Tensor) -> list[Term]:
+        """One term per dimension of a tensor; of a tensor that nothing is known of, its sizes as plain numbers."""
+        known = getattr(tensor, "_zc_dims", None)
+        return list(known) if known is not None else [int(n) for n in tensor.shape]
+
+    def set(self, tensor: torch.Tensor, terms: Sequence[Term]) -> None:
+        """Record the terms of a tensor's dimensions."""
+        shape = tuple(int(n) for n in tensor.shape)
+        sizes = tuple(u.size_of(t) for t in terms)
+        if sizes != shape:
+            raise AssertionError(f"{self.where}: rule gave sizes {sizes} for a tensor of shape {shape}")
+        tensor._zc_dims = tuple(terms)  # type: ignore[attr-defined]
+
+    def is_constant(self, tensor: torch.Tensor) -> bool:
+        """Whether no axis is known to run along the tensor."""
+        known = getattr(tensor, "_zc_dims", None)
+        return known is None or all(isinstance(u.resolve(t), int) for t in known)
+
+    @contextmanager
+    def sizes_known(self) -> Iterator[None]:
+        """Within, sizes that regroup or cut dimensions are accounted for by the caller."""
+        before, self._sizes_known = self._sizes_known, True
+        try:
+            yield
+        finally:
+            self._sizes_known = before
+
+    @contextmanager
+    def silenced(self) -> Iterator[None]:
+        """Within, operations run without rules: the caller knows what the whole of them does."""
+        before, self.quiet = self.quiet, True
+        try:
+            yield
+        finally:
+            self.quiet = before
+
+    def unify(self, a: Term, b: Term) -> None:
+        """Two dimensions hold the same elements."""
+        u.unify(a, b, f"{self.where} with a fixed size of {u.size_of(a)}" if _fixed(a) or _fixed(b) else self.where)
+
+    def regroup(self, terms: list[Term], sizes: Sequence[int]) -> list[Term]:
+        """What `view` does to dimensions. Axes split by sizes of unknown origin are frozen."""
+        return self._restructure(terms, lambda: u.regroup(terms, list(sizes), self.where))
+
+    def slices(self, term: Term, sizes: Sequence[int]) -> list[Term]:
+        """Consecutive parts of a dimension. Axes cut by sizes of unknown origin are frozen."""
+        return self._restructure([term], lambda: u.slices(term, list(sizes), self.where))
+
+    def _restructure(self, terms: list[Term], work: Any) -> list[Term]:
+        before = [u.resolve(t) for t in terms]
+        out = work()
+        if not self._sizes_known and before != [u.resolve(t) for t in terms]:
+            for term in terms:
+                u.freeze(term, f"{self.where} splits it by sizes that cannot be traced")
+        return out
+
+    def meet(self, size: int, term: Term) -> None:
+        """The code says that a dimension `term` has this size; remember where the number came from."""
+        term = u.resolve(term)
+        if isinstance(size, Size):
+            found, less, over = u.resolve(size.term), u.resolve(size.less), u.resolve(size.over)
+            expected = concat(product(over, term), less)
+            if isinstance(found, Variable) and found.attribute is not None and found.bound is None:
+                found.bound = expected
+            elif found != expected:
+                self.links.append((found, expected))
+        elif size != -1:
+            u.fix(term, f"{self.where} writes its size as the number {int(size)}")
+
+    def adopt(self, size: int, variable: Term) -> None:
+        """A dimension whose elements are all alike takes its structure from where its size came."""
+        variable = u.resolve(variable)
+        if isinstance(variable, Variable) and isinstance(size, Size) and u.resolve(size.less) == 0 and u.resolve(size.over) == 1:
+            found = u.resolve(size.term)
+            if not (isinstance(found, Variable) and found.attribute is not None):
+                variable.bound = found
+                return
+        self.meet(size, variable)
+
+    def read_size(self, size: int, term: Term) -> int:
+        """A size read from a tensor, tagged with the term of its dimension."""
+        return size if _fixed(term) else Size(size, term)
+
+    def freeze_all(self, values: Any, reason: str) -> bool:
+        """Freeze every axis of every tensor in a tree of values; True if there was one that was free."""
+        found = False
+        for leaf in tree_leaves(values):
+            if isinstance(leaf, torch.Tensor):
+                for term in self.dims(leaf):
+                    found |= any(v.frozen is None for v in u.variables(term))
+                    u.freeze(term, reason)
+        return found
+
+
+def named_tensors(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Parameters and buffers by name, each tensor once."""
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def _fixed(term: Term) -> bool:
+    return isinstance(u.resolve(term), int)

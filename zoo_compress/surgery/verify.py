@@ -1,0 +1,201 @@
+"""Proof that a layout describes its model: permute, shrink and zero, and compare."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from ..errors import AnalysisError, VerificationError
+from ..structure import terms
+from ..structure.layout import Layout, parse
+from ..structure.widths import Group, groups
+from .modules import clear_caches
+from .resize import check_fits, permuted_copy, picks, resize
+from .trace import analyze, default_input
+from .tracer import named_tensors
+
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What the proofs found.
+
+    Attributes:
+        permutation_error: Relative change (L2) of the output when every free axis is permuted everywhere it occurs.
+        zeroing_error: Relative difference (L2) between the shrunk model and the model whose dropped elements are zeroed instead,
+            over the axes that nothing normalises across; None if there is no such axis.
+        axes_checked: Axes that were permuted.
+        resized_macs: MACs of the model with every group of axes shrunk, counted by a new analysis; equal to the layout's arithmetic.
+    """
+
+    permutation_error: float
+    zeroing_error: float | None
+    axes_checked: tuple[str, ...]
+    resized_macs: int
+
+
+def verify(model: nn.Module, layout: Layout, example_input: torch.Tensor | None = None, seed: int = 0) -> Verification:
+    """Prove a layout on its model.
+
+    All proofs run on copies with randomised weights and statistics, so that nothing cancels by chance, in double precision where the
+    model runs in it. Permutation: every free axis permuted everywhere at once. Resize: every group of axes shrunk at random; the model
+    runs forward and backward and has the parameters and MACs the layout computes. Zeroing: axes that nothing normalises across shrunk
+    at random give what the whole model gives with the dropped elements zeroed.
+
+    Args:
+        model: The model the layout was inferred of. It is not changed.
+        layout: From `analyze`.
+        example_input: Batch (batch, channels, height, width) whose shape and dtype to use; timm models know theirs.
+        seed: Of the random weights, inputs and choices.
+
+    Raises:
+        VerificationError: Naming the axis, parameter or count that fails.
+    """
+    try:
+        check_fits(model, layout)
+    except ValueError as error:
+        raise VerificationError(str(error)) from error
+    generator = np.random.default_rng(seed)
+    example = example_input if example_input is not None else default_input(model)
+    torch_generator = torch.Generator().manual_seed(seed)
+    image = torch.randn(example.shape, generator=torch_generator)
+    subject, image = _subject(model, image, torch_generator)
+    expected = _run(subject, image)
+    movable = [name for name in layout.free if not layout.axes[name].ordered and layout.axes[name].size > 1]
+    error = _permutation_error(subject, layout, movable, generator, image, expected)
+    if not error < TOLERANCE:
+        names = _guilty(subject, layout, movable, generator, image, expected)
+        raise VerificationError(f"permutation proof: permuting axis {names} changes the output by {error:.3g} (relative)")
+    widths = {}
+    for group in groups(layout):
+        widths.update(_shrunk(group, layout, generator))
+    macs = _resize_proof(subject, layout, widths, image)
+    zeroing = _zeroing_error(subject, layout, widths, image)
+    if zeroing is not None and not zeroing < TOLERANCE:
+        raise VerificationError(f"zeroing proof: the shrunk model differs by {zeroing:.3g} (relative) from the zeroed one")
+    return Verification(error, zeroing, tuple(movable), macs)
+
+
+def _subject(model: nn.Module, image: torch.Tensor, generator: torch.Generator) -> tuple[nn.Module, torch.Tensor]:
+    """A randomised copy in eval mode and an input for it, in double precision if the model runs in it."""
+    subject = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    clear_caches(subject)
+    _randomise(subject, generator)
+    parameter = next((p for p in subject.parameters() if p.is_floating_point()), None)
+    if parameter is None or parameter.dtype in (torch.float32, torch.float64):
+        double = copy.deepcopy(subject).double()
+        try:
+            _run(double, image.double())
+            return double, image.double()
+        except RuntimeError:  # a model that mixes dtypes runs in its own only
+            clear_caches(subject)
+    return subject, image.to(parameter.dtype if parameter is not None else image.dtype)
+
+
+def _randomise(model: nn.Module, generator: torch.Generator) -> None:
+    for _, tensor in named_tensors(model):
+        if not tensor.is_floating_point() or tensor.numel() == 0:
+            continue
+        if tensor.ndim <= 1:
+            tensor.copy_(torch.rand(tensor.shape, generator=generator) * 0.5 + 0.5)
+        elif tensor.numel() > 1 and isinstance(tensor, nn.Parameter):
+            spread = float(tensor.float().std())
+            tensor.add_(torch.randn(tensor.shape, generator=generator) * max(0.5 * spread, 0.02))
+
+
+def _run(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return flat(model(image))
+
+
+def flat(output: Any) -> torch.Tensor:
+    """Every tensor of a model's output, flattened into one."""
+    return torch.cat([leaf.reshape(-1) for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)])
+
+
+def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def _permutation_error(
+    model: nn.Module, layout: Layout, names: Sequence[str], generator: np.random.Generator, image: torch.Tensor, expected: torch.Tensor
+) -> float:
+    pick = {name: generator.permutation(layout.axes[name].size) for name in names}
+    permuted = permuted_copy(model, layout, pick)
+    clear_caches(permuted)
+    return _relative(_run(permuted, image), expected)
+
+
+def _guilty(
+    model: nn.Module, layout: Layout, names: Sequence[str], generator: np.random.Generator, image: torch.Tensor, expected: torch.Tensor
+) -> str:
+    """Bisect to one axis whose permutation alone changes the output."""
+    while len(names) > 1:
+        half = names[: len(names) // 2]
+        wrong = not _permutation_error(model, layout, half, generator, image, expected) < TOLERANCE
+        names = half if wrong else names[len(names) // 2 :]
+    name = names[0]
+    places = [f"{param} {list(dims)}" for param, dims in layout.params.items() if any(name in d.replace("(", " ").replace(")", " ").split() for d in dims)]
+    return f"{name!r} (in {', '.join(places[:4])}{', …' if len(places) > 4 else ''})"
+
+
+def _shrunk(group: Group, layout: Layout, generator: np.random.Generator) -> dict[str, np.ndarray]:
+    """The group at a random smaller step, keeping random elements in their order."""
+    step = int(generator.integers(max(1, group.steps // 2), max(2, group.steps)))
+    sizes = group.at(step)
+    return {name: np.sort(generator.choice(layout.axes[name].size, size, replace=False)) for name, size in sizes.items()}
+
+
+def _resize_proof(model: nn.Module, layout: Layout, widths: Mapping[str, np.ndarray], image: torch.Tensor) -> int:
+    shrunk = resize(model, layout, widths)
+    counted, computed = sum(p.numel() for p in shrunk.parameters()), layout.num_params(widths)
+    if counted != computed:
+        raise VerificationError(f"resize proof: the layout computes {computed:,} parameters, the shrunk model has {counted:,}")
+    shrunk.requires_grad_(True)
+    try:
+        flat(shrunk(image)).float().sum().backward()
+        counted = analyze(shrunk, image).macs()
+    except (RuntimeError, ValueError, IndexError, AssertionError, AnalysisError) as error:
+        raise VerificationError(f"resize proof: the shrunk model does not run: {error}") from error
+    computed = layout.macs(widths)
+    if counted != computed:
+        raise VerificationError(f"resize proof: the layout computes {computed:,} MACs, the shrunk model has {counted:,}")
+    return counted
+
+
+def _zeroing_error(model: nn.Module, layout: Layout, widths: Mapping[str, np.ndarray], image: torch.Tensor) -> float | None:
+    chosen = {}
+    for group in groups(layout):
+        if not any(name in layout.normalised for name in group.axes):
+            chosen.update({name: widths[name] for name in group.axes})
+    chosen = picks(layout, chosen)
+    if not chosen:
+        return None
+    zeroed = copy.deepcopy(model)
+    for name, tensor in named_tensors(zeroed):
+        mask = _mask(layout, name, chosen)
+        if mask is not None and tensor.is_floating_point():
+            tensor.mul_(mask.to(tensor.dtype))
+    clear_caches(zeroed)
+    return _relative(_run(resize(model, layout, chosen).eval(), image), _run(zeroed, image))
+
+
+def _mask(layout: Layout, name: str, chosen: dict[str, np.ndarray]) -> torch.Tensor | None:
+    """Ones where every element along every axis is kept, zeros elsewhere, broadcast to the tensor's shape."""
+    dims = [parse(text) for text in layout.params[name]]
+    mask = None
+    for d, term in enumerate(dims):
+        if any(axis in chosen for axis in terms.axes(term)):
+            keep = torch.zeros(terms.size(term, layout.base_sizes))  # type: ignore[arg-type]
+            keep[torch.from_numpy(terms.index(term, layout.base_sizes, chosen))] = 1.0  # type: ignore[arg-type]
+            keep = keep.reshape([-1 if i == d else 1 for i in range(len(dims))])
+            mask = keep if mask is None else mask * keep
+    return mask
