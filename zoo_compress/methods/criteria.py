@@ -78,7 +78,9 @@ CRITERIA: dict[str, Criterion] = {
 }
 
 
-def scores(model: nn.Module, layout: Layout, names: Iterable[str], criterion: str, data: Data | None = None, seed: int = 0) -> dict[str, np.ndarray]:
+def scores(
+    model: nn.Module, layout: Layout, names: Iterable[str], criterion: str, data: Data | None = None, seed: int = 0
+) -> dict[str, np.ndarray]:
     """Importance of every element of the given axes, normalised per axis as the criterion does (usually to a mean of 1).
 
     Args:
@@ -162,7 +164,7 @@ def _items(model: nn.Module, layout: Layout, axis: str, statistics: dict[str, to
                 if rows is not None:
                     items.append(_weights(module.weight, d, rows, statistics.get(name), scorer, is_output=d == outputs))
         elif isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)) and len(dims) == 1:
-            labels = terms.labels(parse(dims[0]), layout.base_sizes, axis)  # type: ignore[arg-type]
+            labels = terms.labels(parse(dims[0]), layout.base_sizes, axis)
             handler = function.prune_layernorm_out_channels if isinstance(module, nn.LayerNorm) else function.prune_batchnorm_out_channels
             layer = module
             if name in statistics:
@@ -177,7 +179,7 @@ def _items(model: nn.Module, layout: Layout, axis: str, statistics: dict[str, to
 
 def _rows(layout: Layout, dim: str, axis: str) -> np.ndarray | None:
     """Positions of each element of an axis along a dimension: (size of the axis, positions an element has)."""
-    labels = terms.labels(parse(dim), layout.base_sizes, axis)  # type: ignore[arg-type]
+    labels = terms.labels(parse(dim), layout.base_sizes, axis)
     positions = np.flatnonzero(labels >= 0)
     if len(positions) == 0:
         return None

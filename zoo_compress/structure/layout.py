@@ -12,7 +12,6 @@ import numpy as np
 from ..errors import WidthError
 from . import terms
 from .cost import Polynomial
-from .terms import Term
 
 Widths: TypeAlias = Mapping[str, "int | Sequence[int] | np.ndarray"]
 """A choice of widths: axis → its new size (the first elements stay), or the indices kept, in their new order."""
@@ -47,6 +46,7 @@ class Layout:
             `scaled_dot_product_attention` takes from the head width when it is given none.
         links: Pairs of terms whose sizes must stay equal although their elements are unrelated.
         macs_terms: (term, count) pairs; multiply-accumulates of the traced batch are the sum of count × size(term).
+        fused_macs_terms: The same for the products inside fused attention.
         batch: Number of samples in that batch.
         trained: Names in `params` that are parameters; the others are buffers.
         normalised: Axes whose elements influence each other (a mean, norm or softmax runs over them, or a product of activations sums
@@ -60,6 +60,7 @@ class Layout:
     scales: dict[str, str] = field(default_factory=dict)
     links: tuple[tuple[str, str], ...] = ()
     macs_terms: tuple[tuple[str, int], ...] = ()
+    fused_macs_terms: tuple[tuple[str, int], ...] = ()
     batch: int = 1
     trained: frozenset[str] = frozenset()
     normalised: frozenset[str] = frozenset()
@@ -70,6 +71,10 @@ class Layout:
         """Names of the axes that may change."""
         return tuple(name for name, axis in self.axes.items() if axis.frozen is None)
 
+    def moves(self, name: str) -> bool:
+        """Whether a free axis runs along a parameter or buffer."""
+        return any(self.axes[axis].frozen is None for dim in self.params[name] for axis in terms.axes(parse(dim)))
+
     @cached_property
     def base_sizes(self) -> dict[str, int]:
         """Axis → size in the analysed model."""
@@ -77,8 +82,13 @@ class Layout:
 
     @cached_property
     def macs_polynomial(self) -> Polynomial:
-        """Multiply-accumulates of the traced batch as a polynomial in the sizes of axes."""
+        """Multiply-accumulates of the traced batch, without those inside fused attention, as a polynomial in the sizes of axes."""
         return Polynomial(((parse(t), n) for t, n in self.macs_terms), tuple(self.axes))
+
+    @cached_property
+    def fused_macs_polynomial(self) -> Polynomial:
+        """Multiply-accumulates inside fused attention of the traced batch as a polynomial in the sizes of axes."""
+        return Polynomial(((parse(t), n) for t, n in self.fused_macs_terms), tuple(self.axes))
 
     @cached_property
     def params_polynomial(self) -> Polynomial:
@@ -86,9 +96,17 @@ class Layout:
         dims = (terms.product(*map(parse, self.params[name])) for name in self.trained)
         return Polynomial(((term, 1) for term in dims), tuple(self.axes))
 
-    def macs(self, widths: Widths | None = None) -> int:
-        """Multiply-accumulates of one sample (convolutions, matrix products, attention) at a choice of widths."""
-        return self.macs_polynomial(self.sizes(widths)) // self.batch
+    def macs(self, widths: Widths | None = None, *, fused_attention: bool = True) -> int:
+        """Multiply-accumulates of one sample (convolutions, matrix products, attention) at a choice of widths.
+
+        Args:
+            widths: The choice; the analysed model's own without it.
+            fused_attention: Count the two products inside `scaled_dot_product_attention`. FLOP counters disagree about them:
+                `torch.utils.flop_counter` does where it runs on a GPU and does not on a CPU.
+        """
+        sizes = self.sizes(widths)
+        fused = self.fused_macs_polynomial(sizes) if fused_attention else 0
+        return (self.macs_polynomial(sizes) + fused) // self.batch
 
     def num_params(self, widths: Widths | None = None) -> int:
         """Number of parameters (buffers not counted) at a choice of widths."""

@@ -18,16 +18,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from ..errors import CompressError
 
-Axis: TypeAlias = Hashable  # a name, or a variable of the unifier
+Axis: TypeAlias = Any  # hashable: a name, or a variable of the unifier
 Term: TypeAlias = "int | Axis | Product | Sum"
 
 
@@ -88,7 +88,8 @@ def concat(*terms: Term) -> Term:
 def _merge(terms: Iterable[Term], fold: Callable[[Iterable[int]], int]) -> list[Term]:
     merged: list[Term] = []
     for is_number, run in groupby(terms, key=lambda t: isinstance(t, int)):
-        merged.extend([fold(run)] if is_number else run)  # type: ignore[arg-type]
+        parts = list(run)
+        merged.extend([fold(parts)] if is_number else parts)  # type: ignore[arg-type]
     return merged
 
 

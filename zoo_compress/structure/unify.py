@@ -76,12 +76,12 @@ def resolve(term: Term) -> Term:
             return term
         term.bound = resolve(term.bound)
         return term.bound
-    return substitute(term, resolve)  # type: ignore[arg-type]
+    return substitute(term, resolve)
 
 
 def variables(term: Term) -> list[Variable]:
     """Free variables of a term, in order."""
-    return list(axes(resolve(term)))  # type: ignore[arg-type]
+    return list(axes(resolve(term)))
 
 
 def freeze(term: Term, reason: str) -> None:
@@ -124,8 +124,10 @@ def unify(a: Term, b: Term, reason: str) -> None:
             continue
         if size_of(a) != size_of(b):
             raise AssertionError(f"{reason}: cannot unify {a!r} of size {size_of(a)} with {b!r} of size {size_of(b)}")
-        if isinstance(a, Variable) or isinstance(b, Variable):
-            _bind(*((a, b) if isinstance(a, Variable) else (b, a)), reason)  # type: ignore[arg-type]
+        if isinstance(b, Variable):
+            a, b = b, a
+        if isinstance(a, Variable):
+            _bind(a, b, reason)
         elif isinstance(a, int) or isinstance(b, int):
             freeze(b if isinstance(a, int) else a, reason)
         elif (aligned := _align(a, b)) is not None:

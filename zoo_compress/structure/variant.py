@@ -15,7 +15,7 @@ from .layout import Layout, parse
 
 VERSION: Literal[1] = 1
 
-OPTIONS = frozenset({"variant", "keep", "macs", "params", "criterion", "scope", "round_to", "min_keep", "exclude", "base_tag"})
+OPTIONS = frozenset({"variant", "keep", "macs", "params", "criterion", "scope", "round_to", "min_keep", "exclude", "seed", "base_tag"})
 """Arguments of the plugin's entrypoints that say how to compress; never arguments of a base."""
 
 MAX_SIZE = 2**31 - 1
@@ -190,7 +190,7 @@ def record(
 
     def stored(term: str | None, earlier: str | None) -> str | None:
         if term is not None and any(axis in free for axis in terms.axes(parse(term))):
-            return str(terms.substitute(parse(term), lambda axis: axis if axis in free else sizes[axis]))  # type: ignore[index]
+            return str(terms.substitute(parse(term), lambda axis: axis if axis in free else sizes[axis]))
         return None if earlier is None or previous is None else str(previous.size(earlier))
 
     def entries(now: Mapping[str, Dimensions], before: Mapping[str, Dimensions]) -> dict[str, Dimensions]:

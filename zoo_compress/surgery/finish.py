@@ -32,17 +32,17 @@ def finish(model: nn.Module, tracer: Tracer, dims: dict[str, list[Term]], attrib
     names = _names(dims, tracer)
 
     def written(term: Term) -> str:
-        return str(substitute(u.resolve(term), lambda v: names.get(v, v.size)))  # type: ignore[arg-type, union-attr]
+        return str(substitute(u.resolve(term), lambda v: names.get(v, v.size)))
 
     moving = {path: v for path, v in attributes.items() if any(a in names and a.frozen is None for a in u.variables(v))}
-    costs = Counter(written(cost) for cost in tracer.costs)
     return Layout(
         params={name: tuple(written(term) for term in terms) for name, terms in dims.items()},
         axes={name: Axis(v.size, v.frozen, v.ordered) for v, name in names.items()},
         attributes={path: written(variable) for path, variable in moving.items()},
         scales={path: written(term) for path, term in tracer.scales.items() if any(v in names for v in u.variables(term))},
         links=tuple(dict.fromkeys((written(a), written(b)) for a, b in tracer.links)),
-        macs_terms=tuple((term, count) for term, count in costs.items()),
+        macs_terms=tuple(Counter(map(written, tracer.costs)).items()),
+        fused_macs_terms=tuple(Counter(map(written, tracer.fused_costs)).items()),
         batch=batch,
         trained=frozenset(name for name, _ in model.named_parameters()),
         normalised=frozenset(names[v] for term in tracer.mixed for v in u.variables(term) if v in names),
@@ -54,15 +54,17 @@ def _settle_links(tracer: Tracer, dims: dict[str, list[Term]]) -> None:
     """Drop links that hold by themselves; freeze axes that a link ties to something that never changes."""
     stored = {v for terms in dims.values() for term in terms for v in u.variables(term)}
     while True:
-        links = [(u.resolve(a), u.resolve(b)) for a, b in tracer.links]
-        tracer.links = [link for link in links if link[0] != link[1] and any(_changes(side) for side in link)]
+        met, tracer.links = tracer.links, []
+        for link in met:
+            tracer.link(*link)
+        tracer.links = [link for link in tracer.links if any(_changes(side) for side in link)]
         for link in tracer.links:
             for side in link:
                 for variable in u.variables(side):
                     if variable not in stored and variable.attribute is None:
                         u.freeze(variable, "its size is that of a temporary tensor")
-        free = {str(v.serial): v for link in tracer.links for side in link for v in axes(side) if v.frozen is None}  # type: ignore[union-attr]
-        named = [tuple(substitute(side, lambda v: v.size if v.frozen else str(v.serial)) for side in link) for link in tracer.links]  # type: ignore[union-attr]
+        free = {str(v.serial): v for link in tracer.links for side in link for v in axes(side) if v.frozen is None}
+        named = [tuple(substitute(side, lambda v: v.size if v.frozen else str(v.serial)) for side in link) for link in tracer.links]
         held = unsolvable({name: v.size for name, v in free.items()}, named)  # type: ignore[arg-type]
         if not held:
             return
@@ -94,6 +96,3 @@ def _names(dims: dict[str, list[Term]], tracer: Tracer) -> dict[Variable, str]:
             names[variable] = f"{letter}{counts[letter]}"
             counts[letter] += 1
     return names
-
-
-

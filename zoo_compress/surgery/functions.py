@@ -80,10 +80,10 @@ def _expand(t: Tracer, function: Any, tensor: torch.Tensor, *sizes: Any) -> torc
 
 @handles(torch.Tensor.repeat, torch.tile, torch.Tensor.tile)
 def _repeat(t: Tracer, function: Any, tensor: torch.Tensor, *sizes: Any) -> torch.Tensor:
-    repeats = _flat(sizes)
+    repeats = [1] * (tensor.ndim - len(_flat(sizes))) + _flat(sizes)
     out = function(tensor, *sizes)
     padded = [1] * (len(repeats) - tensor.ndim) + t.dims(tensor)
-    for count, whole, term in zip(repeats, t.dims(out), padded, strict=False):
+    for count, whole, term in zip(repeats, t.dims(out), padded, strict=True):
         if count > 1:
             with t.sizes_known():
                 t.meet(count, t.regroup([whole], [int(count), u.size_of(term)])[0])
@@ -109,7 +109,7 @@ def _chunk(t: Tracer, function: Any, tensor: torch.Tensor, count: Any, dim: int 
     first, *others = (t.dims(part)[dim] for part in out)
     for other in others:
         if u.size_of(other) == u.size_of(first):
-            t.links.append((first, other))
+            t.link(first, other)
         else:
             for term in (first, *others):
                 u.freeze(term, f"{t.where} cuts it into unequal chunks")
@@ -205,8 +205,17 @@ def _pad(t: Tracer, function: Any, tensor: torch.Tensor, pad: Sequence[int], *ar
 
 
 @handles(torch.conv1d, torch.conv2d, torch.conv3d)
-def _convolution(t: Tracer, function: Any, input: torch.Tensor, weight: torch.Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0,
-                 dilation: Any = 1, groups: int = 1) -> torch.Tensor:  # fmt: skip
+def _convolution(
+    t: Tracer,
+    function: Any,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> torch.Tensor:
     out = function(input, weight, bias, stride, padding, dilation, groups)
     if groups > 1:
         t.meet(groups, t.groups)
@@ -214,8 +223,18 @@ def _convolution(t: Tracer, function: Any, input: torch.Tensor, weight: torch.Te
 
 
 @handles(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
-def _transposed(t: Tracer, function: Any, input: torch.Tensor, weight: torch.Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0,
-                output_padding: Any = 0, groups: int = 1, dilation: Any = 1) -> torch.Tensor:  # fmt: skip
+def _transposed(
+    t: Tracer,
+    function: Any,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> torch.Tensor:
     out = function(input, weight, bias, stride, padding, output_padding, groups, dilation)
     if groups > 1:
         t.meet(groups, t.groups)
@@ -239,8 +258,18 @@ def _layer_norm(t: Tracer, function: Any, input: torch.Tensor, normalized_shape:
 
 
 @handles(F.scaled_dot_product_attention)
-def _attention(t: Tracer, function: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
-               dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> torch.Tensor:  # fmt: skip
+def _attention(
+    t: Tracer,
+    function: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
     named = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
     if enable_gqa:
         return function(query, key, value, **named)

@@ -50,7 +50,7 @@ class Spy:
         self.taps: dict[str, list[Term]] = {}
         self.handles = []
         if callable(getattr(model, "forward_features", None)):
-            original = model.forward_features
+            original: Any = model.forward_features
 
             def forward_features(*args: Any, **kwargs: Any) -> Any:
                 out = original(*args, **kwargs)
@@ -94,12 +94,13 @@ class Spy:
 
     def _reset_classifier(self, dims: dict[str, list[Term]]) -> None:
         """Ask the model for a new classifier: the sizes it is built with are the attributes that a user's call will read."""
-        if not callable(getattr(self.model, "reset_classifier", None)) or getattr(self.model, "num_classes", 0) < 1:
+        reset: Any = getattr(self.model, "reset_classifier", None)
+        if not callable(reset) or getattr(self.model, "num_classes", 0) < 1:
             return
         old = {id(module) for module in self.model.modules()}
         try:
             with torch.device("meta"), self.tracer.silenced():
-                self.model.reset_classifier(int(self.model.num_classes) + 1)  # type: ignore[operator]
+                reset(int(self.model.num_classes) + 1)  # type: ignore[arg-type]
         except (TypeError, RuntimeError, AttributeError, AssertionError, ValueError, NotImplementedError):
             return  # a model whose classifier cannot be reset has no attribute to keep for it
         for path, module in self.model.named_modules():
@@ -121,6 +122,10 @@ def describe_standard_modules(model: nn.Module, dims: dict[str, list[Term]], att
 
 def _standard(path: str, module: nn.Module, dims: dict[str, list[Term]], attributes: Attributes) -> Iterator[tuple[str, Term]]:
     prefix = f"{path}." if path else ""
+    if isinstance(module, nn.RNNBase):
+        yield "input_size", dims[f"{prefix}weight_ih_l0"][1]
+        yield "hidden_size", dims[f"{prefix}weight_hh_l0"][1]
+        return
     weight = dims.get(f"{prefix}weight") or dims.get(f"{prefix}running_mean")
     if weight is None:
         return

@@ -75,6 +75,15 @@ def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
                 module._buffers[key] = tensor
 
 
+def make_persistent(model: nn.Module, name: str) -> None:
+    """Make a buffer part of the state that is saved; nothing happens to a parameter.
+
+    A buffer that is built, not saved, holds what the whole base needs; which part of it a resized model keeps only its values tell.
+    """
+    owner, _, key = name.rpartition(".")
+    model.get_submodule(owner)._non_persistent_buffers_set.discard(key)
+
+
 def clear_caches(model: nn.Module) -> None:
     """Drop tensors that modules keep between calls in eval mode; timm's models do so when they are set to train.
 

@@ -13,7 +13,7 @@ from ..errors import WidthError
 from ..structure import terms
 from ..structure.layout import Layout, Widths, parse
 from ..structure.variant import record
-from .modules import clear_caches, set_attribute
+from .modules import clear_caches, make_persistent, set_attribute
 from .origin import origin, stamp
 from .tracer import named_tensors
 
@@ -45,6 +45,9 @@ def resize(model: nn.Module, layout: Layout, widths: Widths) -> nn.Module:
         set_attribute(resized, path, terms.size(parse(term), sizes))
     for path, term in layout.scales.items():
         set_attribute(resized, path, terms.size(parse(term), sizes) ** -0.5)
+    for name in layout.params:
+        if layout.moves(name):
+            make_persistent(resized, name)
     clear_caches(resized)
     if source is not None:
         stamp(resized, record(layout, sizes, method="pruned", base=source.base, base_args=source.args, previous=source.previous))
@@ -80,7 +83,7 @@ def reindex(tensor: torch.Tensor, dims: tuple[str, ...], layout: Layout, pick: d
     for d, text in enumerate(dims):
         term = parse(text)
         if any(axis in pick for axis in terms.axes(term)):
-            index = terms.index(term, layout.base_sizes, pick)  # type: ignore[arg-type]
+            index = terms.index(term, layout.base_sizes, pick)
             tensor = tensor.index_select(d, torch.from_numpy(index).to(tensor.device))
             touched = True
     return tensor if touched else None
@@ -97,6 +100,8 @@ def check_fits(model: nn.Module, layout: Layout) -> None:
         name = min(tensors.keys() ^ layout.params.keys())
         raise WidthError(f"{name!r} is in {'the model' if name in tensors else 'the layout'} only: the layout is of another model")
     for name, tensor in tensors.items():
-        expected = tuple(terms.size(parse(d), layout.base_sizes) for d in layout.params[name])  # type: ignore[arg-type]
+        if name not in layout.trained and not layout.moves(name):
+            continue  # some models compute such buffers anew, in the shape of their latest input
+        expected = tuple(terms.size(parse(d), layout.base_sizes) for d in layout.params[name])
         if tuple(tensor.shape) != expected:
             raise WidthError(f"{name!r}: the layout says {expected}, found {tuple(tensor.shape)}: analyze the model again")

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import VariantError
 from ..structure.variant import Variant
-from .modules import clear_caches, get_attribute, get_tensor, set_attribute, set_tensor
+from .modules import clear_caches, get_attribute, get_tensor, make_persistent, set_attribute, set_tensor
 
 
 def restore_(model: nn.Module, variant: Variant) -> nn.Module:
@@ -36,6 +36,7 @@ def restore_(model: nn.Module, variant: Variant) -> nn.Module:
         prefix = whole[tuple(slice(n) for n in shape)]
         if shape != tuple(get_tensor(model, name).shape):
             set_tensor(model, name, prefix.clone(memory_format=torch.contiguous_format))
+        make_persistent(model, name)
     for path, term in variant.attributes.items():
         set_attribute(model, path, variant.size(term))
     for path, term in variant.scales.items():

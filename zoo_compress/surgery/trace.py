@@ -55,9 +55,9 @@ def analyze(model: nn.Module, example_input: torch.Tensor | None = None) -> Layo
             return _analyze(model, example, device)
         except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
             failures.append(error)
-    error = failures[-1]
+    last = failures[-1]
     shape = tuple(example.shape)
-    raise AnalysisError(f"{type(model).__name__} does not run on an input of shape {shape}: {type(error).__name__}: {error}") from error
+    raise AnalysisError(f"{type(model).__name__} does not run on an input of shape {shape}: {type(last).__name__}: {last}") from last
 
 
 def default_input(model: nn.Module) -> torch.Tensor:
@@ -80,23 +80,31 @@ def _analyze(model: nn.Module, example: torch.Tensor, device: str) -> Layout:
     clone = _copy_without_data(model) if device == "meta" else copy.deepcopy(model)
     # Modules that keep tensors between calls in eval mode forget them when they are put into training mode.
     clone.train().eval()
-    dims = {name: [Variable(n) if n > 1 else 1 for n in tensor.shape] for name, tensor in named_tensors(clone)}
-    for name, tensor in named_tensors(clone):
+    tensors = dict(named_tensors(clone))
+    dims: dict[str, list[Term]] = {name: [Variable(n) if n > 1 else 1 for n in tensor.shape] for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
         tracer.set(tensor, dims[name])
     attributes = metadata.tag_attributes(clone)
-    image = torch.empty(example.shape, dtype=example.dtype, device="meta") if device == "meta" else torch.randn(example.shape).to(example.dtype)
+    image = torch.empty(example.shape, dtype=example.dtype, device=device)
+    if device != "meta":
+        image = torch.randn(example.shape, generator=torch.Generator().manual_seed(0)).to(example.dtype)
     tracer.set(image, _image_terms(image))
     with _traced(tracer, clone), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         spy = metadata.Spy(tracer, clone, attributes)
         output = clone(image)
+        after = dict(named_tensors(clone))
         spy.finish(dims)
     for leaf in tree_leaves(output):
         if isinstance(leaf, torch.Tensor):
             for term in tracer.dims(leaf):
                 u.freeze(term, "model output (class logits)")
-    for name, tensor in named_tensors(clone):
-        if id(tensor) not in tracer.seen:
+    for name, tensor in after.items():
+        if tensor is not tensors.get(name):
+            dims[name] = tracer.dims(tensor)
+            for term in dims[name]:
+                u.freeze(term, "part of a buffer that the model computes anew when it runs")
+        elif id(tensor) not in tracer.seen:
             for term in dims[name]:
                 u.freeze(term, "not used when the model runs in eval mode")
     return finish(model, tracer, dims, attributes, batch=int(example.shape[0]))

@@ -11,7 +11,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from ..structure import unify as u
-from ..structure.terms import Term, concat, product
+from ..structure.terms import Term, concat, factors, product
 from ..structure.unify import Variable
 from .sizes import Size
 
@@ -22,6 +22,7 @@ class Tracer:
     Attributes:
         links: Pairs of terms whose sizes must stay equal.
         costs: One term per convolution or matrix product, whose size is its number of multiply-accumulates for the whole batch.
+        fused_costs: The same for the two products inside `scaled_dot_product_attention`.
         scales: Float attribute → the head width whose inverse square root it holds.
         mixed: Dimensions along which elements influence each other.
         unknown: Operations that no rule knew and that froze an axis.
@@ -33,6 +34,7 @@ class Tracer:
     def __init__(self) -> None:
         self.links: list[tuple[Term, Term]] = []
         self.costs: list[Term] = []
+        self.fused_costs: list[Term] = []
         self.scales: dict[str, Term] = {}
         self.mixed: list[Term] = []
         self.unknown: Counter[str] = Counter()
@@ -109,14 +111,22 @@ class Tracer:
         """The code says that a dimension `term` has this size; remember where the number came from."""
         term = u.resolve(term)
         if isinstance(size, Size):
-            found, less, over = u.resolve(size.term), u.resolve(size.less), u.resolve(size.over)
-            expected = concat(product(over, term), less)
-            if isinstance(found, Variable) and found.attribute is not None and found.bound is None:
-                found.bound = expected
-            elif found != expected:
-                self.links.append((found, expected))
+            less, over = u.resolve(size.less), u.resolve(size.over)
+            self.link(u.resolve(size.term), concat(product(over, term), less))
         elif size != -1:
             u.fix(term, f"{self.where} writes its size as the number {int(size)}")
+
+    def link(self, a: Term, b: Term) -> None:
+        """Two sizes are equal. An attribute not seen before simply is the other side; what holds by itself is not kept."""
+        a, b = cancelled(u.resolve(a), u.resolve(b))
+        if _unknown_attribute(b):
+            a, b = b, a
+        if a == b:
+            return
+        if isinstance(a, Variable) and _unknown_attribute(a):
+            a.bound = b
+        else:
+            self.links.append((a, b))
 
     def adopt(self, size: int, variable: Term) -> None:
         """A dimension whose elements are all alike takes its structure from where its size came."""
@@ -146,6 +156,20 @@ class Tracer:
 def named_tensors(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
     """Parameters and buffers by name, each tensor once."""
     return [*model.named_parameters(), *model.named_buffers()]
+
+
+def cancelled(a: Term, b: Term) -> tuple[Term, Term]:
+    """Two sizes that are equal, without the factors they share."""
+    left, right = list(factors(a)), list(factors(b))
+    for factor in factors(a):
+        if factor in right:
+            left.remove(factor)
+            right.remove(factor)
+    return product(*left), product(*right)
+
+
+def _unknown_attribute(term: Term) -> bool:
+    return isinstance(term, Variable) and term.attribute is not None and term.bound is None
 
 
 def _fixed(term: Term) -> bool:

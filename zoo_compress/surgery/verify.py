@@ -70,10 +70,10 @@ def verify(model: nn.Module, layout: Layout, example_input: torch.Tensor | None 
     subject, image = _subject(model, image, torch_generator)
     expected = _run(subject, image)
     movable = [name for name in layout.free if not layout.axes[name].ordered and layout.axes[name].size > 1]
-    error = _permutation_error(subject, layout, movable, generator, image, expected)
-    if not error < TOLERANCE:
+    change = _permutation_error(subject, layout, movable, generator, image, expected)
+    if not change < TOLERANCE:
         names = _guilty(subject, layout, movable, generator, image, expected)
-        raise VerificationError(f"permutation proof: permuting axis {names} changes the output by {error:.3g} (relative)")
+        raise VerificationError(f"permutation proof: permuting axis {names} changes the output by {change:.3g} (relative)")
     widths = {}
     for group in groups(layout):
         widths.update(_shrunk(group, layout, generator))
@@ -81,7 +81,7 @@ def verify(model: nn.Module, layout: Layout, example_input: torch.Tensor | None 
     zeroing = _zeroing_error(subject, layout, widths, image)
     if zeroing is not None and not zeroing < TOLERANCE:
         raise VerificationError(f"zeroing proof: the shrunk model differs by {zeroing:.3g} (relative) from the zeroed one")
-    return Verification(error, zeroing, tuple(movable), macs)
+    return Verification(change, zeroing, tuple(movable), macs)
 
 
 def _subject(model: nn.Module, image: torch.Tensor, generator: torch.Generator) -> tuple[nn.Module, torch.Tensor]:
@@ -143,7 +143,7 @@ def _guilty(
         wrong = not _permutation_error(model, layout, half, generator, image, expected) < TOLERANCE
         names = half if wrong else names[len(names) // 2 :]
     name = names[0]
-    places = [f"{param} {list(dims)}" for param, dims in layout.params.items() if any(name in d.replace("(", " ").replace(")", " ").split() for d in dims)]
+    places = [f"{param} {list(dims)}" for param, dims in layout.params.items() if any(name in terms.axes(parse(d)) for d in dims)]
     return f"{name!r} (in {', '.join(places[:4])}{', …' if len(places) > 4 else ''})"
 
 
@@ -194,8 +194,8 @@ def _mask(layout: Layout, name: str, chosen: dict[str, np.ndarray]) -> torch.Ten
     mask = None
     for d, term in enumerate(dims):
         if any(axis in chosen for axis in terms.axes(term)):
-            keep = torch.zeros(terms.size(term, layout.base_sizes))  # type: ignore[arg-type]
-            keep[torch.from_numpy(terms.index(term, layout.base_sizes, chosen))] = 1.0  # type: ignore[arg-type]
+            keep = torch.zeros(terms.size(term, layout.base_sizes))
+            keep[torch.from_numpy(terms.index(term, layout.base_sizes, chosen))] = 1.0
             keep = keep.reshape([-1 if i == d else 1 for i in range(len(dims))])
             mask = keep if mask is None else mask * keep
     return mask

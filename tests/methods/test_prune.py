@@ -1,0 +1,181 @@
+"""Budgets are met, the best elements stay, and criteria agree with torch-pruning's own groups."""
+
+import math
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+import zoo_compress as zc
+from zoo_compress.methods.criteria import CRITERIA, scores
+from zoo_compress.structure.budget import Budget, meet
+from zoo_compress.structure.widths import groups
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return timm.create_model("test_resnet", num_classes=10).eval()
+
+
+@pytest.fixture(scope="module")
+def layout(model):
+    return zc.analyze(model)
+
+
+def batches(model, count=2, size=4):
+    generator = torch.Generator().manual_seed(0)
+    shape = model.default_cfg["input_size"]
+    return [(torch.randn(size, *shape, generator=generator), torch.randint(10, (size,), generator=generator)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("budget", ["macs", "params", "keep"])
+@pytest.mark.parametrize("fraction", [0.3, 0.5, 0.85])
+@pytest.mark.parametrize("scope", ["global", "local"])
+def test_budget_is_met(model, layout, budget, fraction, scope):
+    small = zc.prune(model, layout=layout, scope=scope, **{budget: fraction})
+    after = zc.analyze(small)
+    if budget == "keep":
+        free = [axis for group in groups(layout) for axis in group.axes]
+        reached = sum(after.axes[a].size for a in free) / sum(layout.axes[a].size for a in free)
+    else:
+        count = {"macs": "macs", "params": "num_params"}[budget]
+        reached = getattr(after, count)() / getattr(layout, count)()
+    assert abs(reached - fraction) <= 0.02
+
+
+def test_absolute_counts(model, layout):
+    half = layout.macs() // 2
+    small = zc.prune(model, macs=half, layout=layout)
+    assert abs(zc.analyze(small).macs() - half) <= 0.02 * layout.macs()
+
+
+def test_everything_kept_is_the_same_model(model, layout):
+    same = zc.prune(model, macs=1.0, layout=layout)
+    image = torch.randn(2, *model.default_cfg["input_size"])
+    assert torch.equal(same(image), model(image))
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_every_criterion_scores_and_prunes(model, layout, criterion):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    small = zc.prune(model, macs=0.6, criterion=criterion, data=batches(model), layout=layout)
+    assert abs(zc.analyze(small).macs() / layout.macs() - 0.6) <= 0.02
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("criterion", [name for name, criterion in CRITERIA.items() if criterion.statistic is not None])
+def test_criteria_that_need_data_say_so(model, layout, criterion):
+    with pytest.raises(zc.CompressError, match=f"{criterion}.*pass data="):
+        zc.prune(model, macs=0.6, criterion=criterion, layout=layout)
+    with pytest.raises(zc.CompressError, match="at least one batch"):
+        zc.prune(model, macs=0.6, criterion=criterion, layout=layout, data=[])
+    with pytest.raises(zc.CompressError, match="expected batches of"):
+        zc.prune(model, macs=0.6, criterion=criterion, layout=layout, data=[1, 2])
+
+
+@pytest.mark.parametrize("criterion", ["l1", "l2", "lamp", "fpgm", "bn_scale", "taylor", "hessian"])
+def test_scores_are_torch_prunings(criterion):
+    """On a residual network, the groups written from the layout score exactly as those torch-pruning finds itself."""
+    import torch_pruning as tp
+    from torch_pruning.pruner import importance
+
+    torch.manual_seed(0)
+    model = timm.create_model("resnet18", num_classes=10).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight)
+    layout = zc.analyze(model)
+    data = [(torch.randn(1, 3, 32, 32), torch.tensor([3]))]
+    for images, target in data:
+        torch.nn.functional.cross_entropy(model(images), target).backward()
+    if criterion == "hessian":
+        for p in model.parameters():
+            p.grad = p.grad**2
+    graph = tp.DependencyGraph().build_dependency(model, example_inputs=torch.randn(1, 3, 32, 32))
+    for path in ("layer1.0.conv1", "layer2.0.conv2", "conv1"):
+        conv = model.get_submodule(path)
+        group = graph.get_pruning_group(conv, tp.prune_conv_out_channels, idxs=list(range(conv.out_channels)))
+        chosen = CRITERIA[criterion]
+        expected = getattr(importance, chosen.importance)(**chosen.arguments)(group).double().numpy()
+        axis = layout.params[f"{path}.weight"][0]
+        found = scores(model, layout, [axis], criterion, data)[axis]
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_the_highest_scores_stay(model, layout):
+    name, axis = next((n, dims[0]) for n, dims in layout.params.items() if n.endswith("conv1.weight") and dims[0] in layout.free)
+    score = scores(model, layout, [axis], "l2")[axis]
+    small = zc.prune(model, macs=0.5, layout=layout)
+    size = small.get_parameter(name).shape[0]
+    assert size < len(score)
+    expected = np.sort(np.argsort(-score)[:size])
+    bias = name.replace("conv1.weight", "bn1.running_mean")
+    assert torch.equal(small.get_buffer(bias), model.get_buffer(bias)[expected])
+
+
+def test_min_keep_and_rounding(model, layout):
+    candidates = groups(layout)
+    ranked = scores(model, layout, layout.free, "l2")
+    sizes = meet(layout, candidates, ranked, Budget("macs", 0.4, min_keep=0.3, round_to=8))
+    for name, size in sizes.items():
+        assert size >= math.ceil(0.3 * layout.axes[name].size - 1e-9)
+        assert 1 <= size <= layout.axes[name].size
+
+
+def test_excluded_axes_stay(model, layout):
+    name = next(n for n in layout.params if n.endswith("conv1.weight"))
+    small = zc.prune(model, macs=0.7, layout=layout, exclude=[name])
+    assert small.get_parameter(name).shape == model.get_parameter(name).shape
+
+
+def test_pruned_models_are_pruned_again(model, layout):
+    once = zc.prune(model, macs=0.7, layout=layout)
+    twice = zc.prune(once, macs=0.7)
+    assert abs(zc.analyze(twice).macs() / layout.macs() - 0.49) < 0.03
+    zc.verify(twice, zc.analyze(twice))
+
+
+def test_random_is_reproducible_and_leaves_the_generator_alone(model, layout):
+    state = torch.get_rng_state()
+    first, second, other = (scores(model, layout, layout.free[:1], "random", seed=seed)[layout.free[0]] for seed in (0, 0, 1))
+    assert torch.equal(state, torch.get_rng_state())
+    assert np.array_equal(first, second)
+    assert not np.array_equal(first, other)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "exactly one of keep, macs and params, found none"),
+        ({"keep": 0.5, "macs": 0.5}, "exactly one of .* found keep, macs"),
+        ({"macs": 0}, "fraction in"),
+        ({"macs": -0.5}, "fraction in"),
+        ({"macs": float("nan")}, "fraction in"),
+        ({"macs": "half"}, "fraction in"),
+        ({"macs": True}, "fraction in"),
+        ({"params": 10**12}, "more than the model has"),
+        ({"macs": 0.5, "criterion": "magic"}, "expected one of l1, l2"),
+        ({"macs": 0.5, "scope": "layer"}, "scope is 'global' or 'local'"),
+        ({"macs": 0.5, "round_to": 0}, "round_to is a positive integer"),
+        ({"macs": 0.5, "min_keep": 0.0}, "min_keep is a fraction"),
+        ({"macs": 0.5, "exclude": ["nothing.like.it"]}, "is no axis and matches no parameter"),
+        ({"macs": 0.1, "min_keep": 0.5}, "the least reachable with min_keep=0.5 is"),
+    ],
+)
+def test_bad_requests(model, layout, arguments, message):
+    with pytest.raises(zc.CompressError, match=message):
+        zc.prune(model, layout=layout, **arguments)
+
+
+def test_criterion_that_ranks_nothing():
+    model = timm.create_model("test_vit").eval()
+    with pytest.raises(zc.CompressError, match="the criterion ranks no axis"):
+        zc.prune(model, macs=0.5, criterion="bn_scale")
+
+
+def test_not_a_model():
+    with pytest.raises(zc.CompressError, match="expected a torch"):
+        zc.prune("resnet18", macs=0.5)

@@ -1,0 +1,122 @@
+"""The executor: shapes, attributes, and the elements that stay."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import zoo_compress as zc
+from zoo_compress.structure import terms
+from zoo_compress.structure.layout import parse
+
+
+@pytest.fixture(scope="module")
+def model():
+    return timm.create_model("test_resnet").eval()
+
+
+@pytest.fixture(scope="module")
+def layout(model):
+    return zc.analyze(model)
+
+
+def test_kept_elements_are_the_ones_asked_for(model, layout):
+    name, axis = next((n, dims[0]) for n, dims in layout.params.items() if n.endswith("conv1.weight") and dims[0] in layout.free)
+    kept = [5, 2, 7]
+    small = zc.resize(model, layout, {axis: kept})
+    assert torch.equal(small.get_parameter(name), model.get_parameter(name)[kept])
+
+
+def test_all_indices_are_the_identity(model, layout):
+    same = zc.resize(model, layout, {axis: np.arange(layout.axes[axis].size) for axis in layout.free})
+    image = torch.randn(2, *model.default_cfg["input_size"])
+    assert torch.equal(same(image), model(image))
+    assert not any(p.data_ptr() == q.data_ptr() for p, q in zip(same.parameters(), model.parameters(), strict=True))
+
+
+def test_counts_are_those_of_independent_counters(model, layout):
+    widths = {axis: max(1, layout.axes[axis].size // 2) for axis in layout.free}
+    small = zc.resize(model, layout, widths)
+    image = torch.randn(1, *model.default_cfg["input_size"])
+    with FlopCounterMode(display=False) as counter:
+        small(image)
+    assert counter.get_total_flops() == 2 * layout.macs(widths)
+    assert sum(p.numel() for p in small.parameters()) == layout.num_params(widths)
+
+
+def test_descriptive_attributes_follow(model, layout):
+    small = zc.resize(model, layout, {axis: max(1, layout.axes[axis].size // 2) for axis in layout.free})
+    for module in small.modules():
+        if isinstance(module, nn.Conv2d):
+            assert module.weight.shape[:2] == (module.out_channels, module.in_channels // module.groups)
+        elif isinstance(module, nn.BatchNorm2d):
+            assert module.num_features == len(module.weight)
+        elif isinstance(module, nn.Linear):
+            assert module.weight.shape == (module.out_features, module.in_features)
+    image = torch.randn(2, *model.default_cfg["input_size"])
+    features = small.forward_features(image)
+    assert small.num_features == features.shape[1] == small.get_classifier().in_features
+    taps = small.forward_intermediates(image, intermediates_only=True)
+    assert [info["num_chs"] for info in small.feature_info][-len(taps) :] == [tap.shape[1] for tap in taps]
+    small.reset_classifier(7)
+    assert small(image).shape == (2, 7)
+
+
+def test_frozen_parameters_training_mode_and_dtype_survive():
+    model = timm.create_model("test_resnet").half().train()
+    model.conv1 = model.conv1 if hasattr(model, "conv1") else None
+    for p in model.parameters():
+        p.requires_grad_(False)
+    layout = zc.analyze(model)
+    small = zc.resize(model, layout, {axis: max(1, layout.axes[axis].size // 2) for axis in layout.free})
+    assert small.training
+    assert all(not p.requires_grad and p.dtype == torch.half for p in small.parameters())
+
+
+def test_tied_parameters_stay_tied():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(6, 8, bias=False)
+            self.inner = nn.Linear(8, 8)
+            self.again = self.first
+            self.last = nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.last(self.inner(self.first(x)) + self.again(x))
+
+    model, example = Tied(), torch.zeros(2, 6)
+    layout = zc.analyze(model, example)
+    proof = zc.verify(model, layout, example)
+    assert proof.axes_checked
+    small = zc.resize(model, layout, {axis: 4 for axis in layout.free if layout.axes[axis].size == 8})
+    assert small.first is small.again
+    assert small(torch.randn(2, 6)).shape == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("widths", "message"),
+    [
+        ({"nonsense": 3}, "not in this layout"),
+        ({"{free}": 0}, "at least 1"),
+        ({"{free}": True}, "expected a size or a list"),
+        ({"{free}": "many"}, "expected a size or a list"),
+        ({"{free}": 1.5}, "expected a size or a list"),
+        ({"{free}": [0, 0]}, "distinct"),
+        ({"{free}": [0, 10**6]}, "distinct and in 0"),
+        ({"{free}": 10**12}, "at most its"),
+        ({"{frozen}": 2}, "may not change: model output"),
+    ],
+)
+def test_bad_widths(model, layout, widths, message):
+    frozen = next(a for a, axis in layout.axes.items() if axis.frozen == "model output (class logits)")
+    widths = {name.format(free=layout.free[0], frozen=frozen): width for name, width in widths.items()}
+    with pytest.raises(zc.CompressError, match=message):
+        zc.resize(model, layout, widths)
+
+
+def test_layout_terms_give_the_real_shapes(model, layout):
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        assert tuple(terms.size(parse(dim), layout.base_sizes) for dim in layout.params[name]) == tuple(tensor.shape)

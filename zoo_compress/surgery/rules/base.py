@@ -1,0 +1,61 @@
+"""The table of rules, and what rules share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ...structure import unify as u
+from ...structure.terms import Term
+from ..tracer import Tracer
+
+Rule = Callable[..., Any]
+RULES: dict[str, Rule] = {}
+COSTLY: set[Rule] = set()
+"""Rules that run even where no axis is touched: products that still cost, and new tensors without operands."""
+
+
+def rule(*names: str, costly: bool = False) -> Callable[[Rule], Rule]:
+    """Register a rule for `aten` operations of these names, overloads included."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, function))
+        if costly:
+            COSTLY.add(function)
+        return function
+
+    return register
+
+
+def elementwise(t: Tracer, operands: Sequence[torch.Tensor], out: torch.Tensor) -> list[Term]:
+    """Pointwise operation with broadcasting: dimensions aligned from the right hold the same elements."""
+    terms: list[Term] = [1] * out.ndim
+    for operand in operands:
+        for i, term in enumerate(reversed(t.dims(operand)), start=1):
+            if u.size_of(term) != 1 and i <= out.ndim:
+                if u.size_of(terms[-i]) == 1:
+                    terms[-i] = term
+                else:
+                    t.unify(terms[-i], term)
+    return terms
+
+
+def number(term: Term) -> Term:
+    """A dimension that no method may change, such as a kernel's height: its size as a plain number."""
+    for variable in u.variables(term):
+        variable.bound = variable.size
+    return u.resolve(term)
+
+
+def keep_still(t: Tracer, terms: Sequence[Term], reason: str) -> None:
+    """Freeze dimensions, with a reason that starts with where the model is."""
+    for term in terms:
+        u.freeze(term, f"{t.where} {reason}")
+
+
+def dims_of(dim: int | Sequence[int] | None, ndim: int) -> set[int]:
+    if dim is None or (not isinstance(dim, int) and len(dim) == 0):
+        return set(range(ndim))
+    return {d % ndim for d in ([dim] if isinstance(dim, int) else dim)}

@@ -1,0 +1,86 @@
+"""Copies, new tensors and elementwise operations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...structure.terms import Term
+from ...structure.unify import Variable
+from ..tracer import Tracer
+from .base import elementwise, rule
+
+
+@rule(
+    "clone",
+    "detach",
+    "alias",
+    "contiguous",
+    "_to_copy",
+    "lift_fresh",
+    "lift_fresh_copy",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "empty_like",
+    "rand_like",
+    "randn_like",
+    "bernoulli",
+    "fill_",
+    "zero_",
+    "normal_",
+    "uniform_",
+    "bernoulli_",
+    "_conj",
+    "_neg_view",
+    "fill",
+)
+def _same(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, **_: Any) -> list[Term]:
+    return t.dims(self)
+
+
+@rule("copy_", "copy")
+def _copy(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, src: torch.Tensor, **_: Any) -> list[Term]:
+    return elementwise(t, (self, src), out)
+
+
+@rule("native_dropout")
+def _dropout(t: Tracer, out: Any, *, input: torch.Tensor, **_: Any) -> list[list[Term]]:
+    return [t.dims(input), t.dims(input)]
+
+
+@rule(
+    "zeros",
+    "ones",
+    "full",
+    "empty",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty",
+    "rand",
+    "randn",
+    "empty_strided",
+    "new_empty_strided",
+    costly=True,
+)
+def _uniform(t: Tracer, out: torch.Tensor, **_: Any) -> list[Term]:
+    # All elements are alike, so the dimensions may become whatever they meet.
+    return [Variable(int(n), piece=True) for n in out.shape]
+
+
+@rule("hardswish", "prelu", "_prelu_kernel", "masked_fill", "where", "floor_divide")
+def _elementwise(t: Tracer, out: torch.Tensor, **named: Any) -> list[Term]:
+    # Elementwise operations that do not carry torch's tag for it.
+    return elementwise(t, [value for value in named.values() if isinstance(value, torch.Tensor)], out)
+
+
+@rule("glu")
+def _glu(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, dim: int = -1) -> list[Term]:
+    terms = t.dims(self)
+    with t.sizes_known():
+        value, gate = t.slices(terms[dim], [int(out.shape[dim])] * 2)
+    t.unify(value, gate)
+    terms[dim] = value
+    return terms
