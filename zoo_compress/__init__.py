@@ -1,10 +1,30 @@
-"""zoo_compress: compression for any timm model."""
+"""zoo_compress: compression for any timm model.
 
-from .errors import CompressError, VerificationError
+Importing the package registers its names with timm: `timm.create_model("resnet18__pruned", keep=0.5)`.
+"""
+
+from .errors import AnalysisError, CompressError, RecipeError, VariantError, VerificationError, WidthError
 from .methods.prune import prune
+from .plugin import load, save
 from .structure.layout import Axis, Layout
 from .surgery.resize import resize
 from .surgery.trace import analyze
 from .surgery.verify import Verification, verify
 
-__all__ = ["Axis", "CompressError", "Layout", "Verification", "VerificationError", "analyze", "prune", "resize", "verify"]
+__all__ = [
+    "AnalysisError",
+    "Axis",
+    "CompressError",
+    "Layout",
+    "RecipeError",
+    "VariantError",
+    "Verification",
+    "VerificationError",
+    "WidthError",
+    "analyze",
+    "load",
+    "prune",
+    "resize",
+    "save",
+    "verify",
+]

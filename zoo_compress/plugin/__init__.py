@@ -1,0 +1,8 @@
+"""The library as a plugin of timm. Importing it registers its names."""
+
+from .hub import load, save
+from .registry import register_all
+
+__all__ = ["load", "save"]
+
+register_all()

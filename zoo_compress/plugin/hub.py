@@ -1,0 +1,139 @@
+"""Checkpoints on disk: `config.json` as timm writes it and `model.safetensors`, nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import timm
+from safetensors.torch import save_file
+from timm.models import is_model
+from timm.models._hub import save_config_for_hf
+from torch import Tensor, nn
+
+from ..errors import CompressError, VariantError
+from ..structure.variant import OPTIONS, Variant
+from .weights import CONFIG, DIGEST, WEIGHTS, digest
+
+
+def save(model: nn.Module, directory: str | Path) -> None:
+    """Write a model that timm's factory made, compressed or not, so that timm can create it again.
+
+    `timm.create_model("local-dir:<directory>", pretrained=True)` reads it, given `import zoo_compress` for compressed ones.
+
+    Both files are complete on disk before either gets its name, weights first. Should the process die between the two renames, the
+    directory holds new weights beside the old config: the config carries the hash of its own weights, so a compressed model is then
+    refused rather than loaded as something it is not, until it is saved again. Other files in the directory are left alone.
+
+    Args:
+        model: The model. Tied and channels_last tensors are written as ordinary ones.
+        directory: Made if it does not exist.
+
+    Raises:
+        CompressError: If timm did not make the model, timm cannot describe it, or the directory cannot be written. Nothing half-written
+            stays behind.
+    """
+    _check_saveable(model)
+    directory = Path(directory)
+    made = not directory.exists()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as scratch:
+            weights, config = Path(scratch, WEIGHTS), Path(scratch, CONFIG)
+            save_file(_tensors(model), weights, metadata={"format": "pt"})
+            config.write_text(_config(model, digest(weights), config), encoding="utf-8")
+            for path in (weights, config):
+                _flush(path)
+                os.replace(path, directory / path.name)
+    except Exception as error:
+        if made:
+            with suppress(OSError):  # not empty: somebody else writes there
+                directory.rmdir()
+        raise CompressError(f"{directory}: cannot save {type(model).__name__}: {error}") from error
+
+
+def load(directory: str | Path, **kwargs: Any) -> nn.Module:
+    """Create a saved model again: `timm.create_model("local-dir:<directory>", pretrained=True, **kwargs)` with clearer errors.
+
+    Args:
+        directory: Where `save` wrote it.
+        **kwargs: As for `timm.create_model`: `num_classes`, `in_chans`, `features_only`, …
+
+    Raises:
+        CompressError: If there is no checkpoint, it is damaged, or timm does not know its architecture. Only safetensors are read.
+    """
+    directory = Path(directory)
+    architecture = _architecture(directory)
+    pretrained = kwargs.pop("pretrained", True)
+    if pretrained and not (directory / WEIGHTS).is_file():
+        raise VariantError(f"{directory}: no {WEIGHTS}; other formats are not read")
+    try:
+        return timm.create_model(f"local-dir:{directory}", pretrained=pretrained, **kwargs)
+    except CompressError:
+        raise
+    except Exception as error:
+        raise CompressError(f"{directory}: cannot load {architecture}: {type(error).__name__}: {error}") from error
+
+
+def _architecture(directory: Path) -> str:
+    path = directory / CONFIG
+    if not path.is_file():
+        raise VariantError(f"{directory}: expected a directory with {CONFIG} and {WEIGHTS}, found no {CONFIG}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise VariantError(f"{path}: expected JSON: {error}") from error
+    architecture = config.get("architecture") if isinstance(config, dict) else None
+    if not isinstance(architecture, str) or not is_model(architecture):
+        raise VariantError(f"{path}: architecture: expected a model timm {timm.__version__} knows, found {architecture!r}")
+    return architecture
+
+
+def _check_saveable(model: nn.Module) -> None:
+    what = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise CompressError(f"save: expected a model, found {what}")
+    cfg = getattr(model, "pretrained_cfg", None)
+    architecture = cfg.get("architecture") if isinstance(cfg, Mapping) else None
+    if not isinstance(architecture, str) or not is_model(architecture):
+        raise CompressError(f"save: expected a model made by timm, which can create it again by name; {what} has no architecture")
+    if not hasattr(model, "num_classes"):
+        raise CompressError(f"save: expected a whole model, found the feature extractor {what} of {architecture}")
+    record = getattr(model, "_model_args", {}).get("variant")
+    if record is not None and Variant.from_dict(record).architecture != architecture:
+        raise VariantError(f"save: the model's record is of {Variant.from_dict(record).architecture}, its cfg of {architecture}")
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state as safetensors wants it: dense, on the CPU, no two in one storage. Tied tensors are written once a name."""
+    storages: set[int] = set()
+    tensors = {}
+    for name, value in model.state_dict().items():
+        tensor = value.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in storages or storage.nbytes() != tensor.nbytes:
+            tensor = tensor.clone()
+        storages.add(tensor.untyped_storage().data_ptr())
+        tensors[name] = tensor
+    return tensors
+
+
+def _config(model: nn.Module, weights_digest: str, scratch: Path) -> str:
+    """What timm writes for the model, without the options that made it, which the record replaces, and with the weights' hash."""
+    save_config_for_hf(model, str(scratch))
+    config = json.loads(scratch.read_text())
+    args = config.get("model_args", {})
+    if "variant" in args:
+        config["model_args"] = {key: value for key, value in args.items() if key == "variant" or key not in OPTIONS}
+    config[DIGEST] = weights_digest
+    return json.dumps(config, indent=2)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

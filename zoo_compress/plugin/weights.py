@@ -1,0 +1,140 @@
+"""Weights from a directory or the Hub: safetensors only, checked against the model before they are loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from timm.models import PretrainedCfg
+from timm.models._hub import download_from_hf
+from torch import Tensor, nn
+
+from ..errors import VariantError
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+DIGEST = "weights_sha256"
+"""Key in config.json: the hash of the weights it was written with."""
+
+
+def read(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> tuple[dict[str, Tensor], str]:
+    """Read the weights that a timm cfg points to.
+
+    Args:
+        cfg: Its `state_dict`, `file` (a safetensors file or a directory with one) or `hf_hub_id` is used, in timm's order.
+        cache_dir: Of the Hub's client.
+
+    Returns:
+        Tensors by name, and where they come from, for messages.
+
+    Raises:
+        VariantError: If there are no safetensors there, the file is damaged, or it is not the one its config.json was written with.
+    """
+    if cfg.state_dict:
+        return dict(cfg.state_dict), "state_dict"
+    config, weights = _locate(cfg, cache_dir)
+    # In this order: saving replaces the weights first, so weights that match a config read before them cannot be another save's.
+    expected = _digest_in(config) if config is not None else None
+    state = _open(weights)
+    if expected is not None and (found := digest(weights)) != expected:
+        raise VariantError(
+            f"{weights}: not the file that {CONFIG} was written with (expected sha256 {expected[:12]}…, found {found[:12]}…): "
+            f"damaged, or a save was interrupted; save again, or remove {DIGEST!r} from {CONFIG} to take them as they are"
+        )
+    return state, str(weights)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            found.update(chunk)
+    return found.hexdigest()
+
+
+def check(model: nn.Module, state: Mapping[str, Tensor], where: str, *, strict: bool, adapted: Collection[str] = ()) -> None:
+    """Compare names, shapes and kinds of tensors with what a model expects.
+
+    Precision may differ (timm loads float16 into float32), kind may not.
+
+    Args:
+        model: The model to load into.
+        state: The tensors.
+        where: Where they come from.
+        strict: Whether tensors the model does not have are an error.
+        adapted: Names that timm adapts or leaves out because the model has other classes or input channels.
+
+    Raises:
+        VariantError: Naming the first tensor that does not fit, what was expected and what was found.
+    """
+    expected = model.state_dict()
+    for name, tensor in expected.items():
+        if name in adapted:
+            continue
+        if name not in state:
+            raise VariantError(f"{where}: tensor {name!r}: expected {_describe(tensor)}, found none")
+        found = state[name]
+        if found.shape != tensor.shape or found.is_floating_point() != tensor.is_floating_point():
+            raise VariantError(f"{where}: tensor {name!r}: expected {_describe(tensor)}, found {_describe(found)}")
+    for name in state:
+        if strict and name not in expected and name not in adapted:
+            raise VariantError(f"{where}: tensor {name!r}: expected none of that name, found {_describe(state[name])}")
+
+
+def has_source(cfg: PretrainedCfg) -> bool:
+    """Whether a cfg says where weights are."""
+    return bool(cfg.state_dict or cfg.has_weights)
+
+
+def _locate(cfg: PretrainedCfg, cache_dir: str | Path | None) -> tuple[Path | None, Path]:
+    """Paths of config.json, if it goes with the weights, and of the weights."""
+    if cfg.source != "hf-hub" and cfg.file:
+        path = Path(cfg.file)
+        if path.is_dir():
+            if not (path / WEIGHTS).is_file():
+                others = sorted(p.name for p in path.iterdir() if p.is_file() and p.name != CONFIG)
+                raise VariantError(f"{path}: no {WEIGHTS}, found {', '.join(others[:4]) or 'nothing'}; other formats are not read")
+            return path / CONFIG, path / WEIGHTS
+        if not path.is_file() or path.suffix != ".safetensors":
+            raise VariantError(f"{path}: expected a safetensors file or a directory with {WEIGHTS}; other formats are not read")
+        return None, path
+    if cfg.hf_hub_id:
+        name = cfg.hf_hub_filename or WEIGHTS
+        if not name.endswith(".safetensors"):
+            raise VariantError(f"{cfg.hf_hub_id}: expected a safetensors file, found {name!r}; other formats are not read")
+        try:
+            return (
+                Path(download_from_hf(cfg.hf_hub_id, CONFIG, cache_dir=cache_dir)),
+                Path(download_from_hf(cfg.hf_hub_id, name, cache_dir=cache_dir)),
+            )
+        except EntryNotFoundError as error:
+            raise VariantError(f"{cfg.hf_hub_id}: no {name}; other formats are not read") from error
+    found = f"a url ({cfg.url})" if cfg.url else "no weights"
+    raise VariantError(f"{cfg.architecture}: expected a directory, a Hub repository or a safetensors file, found {found}")
+
+
+def _open(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError) as error:
+        raise VariantError(f"{path}: expected a whole safetensors file, found {path.stat().st_size} bytes: {error}") from error
+
+
+def _digest_in(config: Path) -> str | None:
+    if not config.is_file():
+        return None
+    found: Any = json.loads(config.read_text(encoding="utf-8")).get(DIGEST)
+    if found is not None and not isinstance(found, str):
+        raise VariantError(f"{config}: {DIGEST}: expected a string, found {type(found).__name__}")
+    return found
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
