@@ -1,0 +1,72 @@
+"""Loaders: preprocessing comes from the model, batches fit the processes."""
+
+import pytest
+import torch
+
+from zoo_compress.errors import CompressError
+from zoo_compress.training.config import AugmentConfig, DataConfig
+from zoo_compress.training.data import calibration_batches, check_fits, eval_loader, train_loader
+from zoo_compress.training.distributed import Processes
+
+DIGITS = DataConfig(source="digits", batch_size=64)
+
+
+def test_images_are_normalised_for_the_model(digits, make_model):
+    images = torch.cat([x for x, _ in eval_loader(digits, DIGITS, make_model())])
+    assert images.shape == (len(digits.test), 1, 16, 16)
+    assert images.mean().abs() < 0.1
+    assert (images.std() - 1).abs() < 0.2
+    shifted = torch.cat([x for x, _ in eval_loader(digits, DIGITS, make_model(mean=(0.5,), std=(0.25,)))])
+    back = shifted * 0.25 + 0.5, images * 0.376 + 0.305
+    torch.testing.assert_close(*back)
+
+
+def test_test_images_keep_their_order(digits, make_model):
+    targets = torch.cat([y for _, y in eval_loader(digits, DIGITS, make_model())])
+    assert targets.tolist() == digits.test.labels.tolist()
+
+
+def test_a_second_loader_leaves_the_first_alone(digits, make_model):
+    config = DataConfig(source="digits", augment=AugmentConfig(no_aug=True))
+    first = train_loader(digits, config, make_model())
+    train_loader(digits, config, make_model(input_size=(1, 8, 8)))
+    assert next(iter(first))[0].shape[-1] == 16
+
+
+def test_augmentation_follows_the_recipe(digits, make_model):
+    flips = train_loader(digits, DataConfig(source="digits", augment=AugmentConfig(hflip=1.0, scale=(1, 1))), make_model())
+    assert "RandomHorizontalFlip(p=1.0)" in str(flips.dataset.transform)
+    default = str(train_loader(digits, DIGITS, make_model()).dataset.transform)
+    assert "Flip" not in default
+    assert "Jitter" not in default
+    assert "RandomResizedCrop" in default
+
+
+def test_calibration_batches_can_be_walked_twice(digits, make_model):
+    batches = calibration_batches(digits, DIGITS, make_model(), 3)
+    walks = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        walks.append(list(batches))
+    assert len(walks[0]) == 3
+    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(*walks, strict=True))
+
+
+def test_batch_must_be_shared_evenly(digits, make_model):
+    with pytest.raises(CompressError, match="multiple of the 3 processes, found 64"):
+        train_loader(digits, DIGITS, make_model(), Processes(world_size=3))
+
+
+def test_batch_larger_than_the_data(digits, make_model):
+    with pytest.raises(CompressError, match=r"at most the \d+ training images, found 5000"):
+        train_loader(digits, DataConfig(source="digits", batch_size=5000), make_model())
+
+
+def test_model_and_data_must_fit(digits, make_model):
+    check_fits(digits, make_model())
+    other = make_model()
+    other.reset_classifier(7)
+    with pytest.raises(CompressError, match="the 10 classes of the data source, found 7"):
+        check_fits(digits, other)
+    with pytest.raises(CompressError, match=r"pretrained_cfg.mean: expected 1 channels .* found 3"):
+        check_fits(digits, make_model(mean=(0.1, 0.2, 0.3)))

@@ -1,0 +1,134 @@
+"""The loop learns, distils, and resumes to the same bits."""
+
+import copy
+
+import pytest
+import torch
+
+from zoo_compress.errors import CompressError
+from zoo_compress.training.config import AugmentConfig, DistillConfig, FinetuneConfig, TrainConfig
+from zoo_compress.training.loop import Phase, evaluate, fit, reseed
+
+
+def same_weights(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def numbers(history):
+    return [(e.train_loss, e.lr, e.loss, e.top1, e.top5) for e in history]
+
+
+def test_learns_real_digits(make_model, make_loaders, digits):
+    model = make_model()
+    train, test = make_loaders(digits)
+    history = fit(model, train, test, TrainConfig(epochs=4, lr=3e-3))
+    assert [e.train_loss for e in history] == sorted((e.train_loss for e in history), reverse=True)
+    assert history[-1].top1 > 85
+    assert evaluate(model, test) == {"loss": history[-1].loss, "top1": history[-1].top1, "top5": history[-1].top5}
+
+
+CONFIGS = {
+    "adamw, average of weights, warm-up": TrainConfig(epochs=3, lr=3e-3, ema_decay=0.9, warmup_epochs=1, clip_grad=1.0),
+    "sgd, step schedule": TrainConfig(epochs=3, opt="sgd", lr=0.05, sched="step", decay_epochs=1, opt_args={"nesterov": True}),
+    "distillation": FinetuneConfig(epochs=3, lr=1e-3, distill=DistillConfig(temperature=2.0), smoothing=0.1),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+@pytest.mark.parametrize("stop_in", [1, 3])
+def test_resumes_to_the_same_bits(tmp_path, make_model, make_loaders, config, stop_in):
+    phase, teacher = Phase("phase", 2, seed=7, run="this"), make_model(seed=1)
+    whole = make_model()
+    history = fit(whole, *make_loaders(), config, phase=phase, teacher=teacher)
+
+    stopped, lines = make_model(), []
+
+    def stop(line):
+        lines.append(line)
+        if len(lines) == stop_in:
+            raise KeyboardInterrupt
+
+    state = tmp_path / "state.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        fit(stopped, *make_loaders(), config, phase=phase, teacher=teacher, state=state, log=stop)
+    torch.manual_seed(99)  # what another process would not share
+    resumed, again = make_model(), []
+    resumed_history = fit(resumed, *make_loaders(), config, phase=phase, teacher=teacher, state=state, log=again.append)
+    assert len(again) == config.epochs - stop_in + 1, "a stop loses one epoch at most"
+    assert numbers(resumed_history) == numbers(history)
+    assert same_weights(resumed, whole)
+
+
+def test_workers_resume_to_the_same_bits(tmp_path, make_model, make_loaders):
+    config, options = TrainConfig(epochs=2, lr=1e-3), {"workers": 1, "augment": AugmentConfig(hflip=0.5)}
+    whole = make_model()
+    fit(whole, *make_loaders(**options), config, state=tmp_path / "whole")
+
+    def stop(line):
+        if "2/2" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(make_model(), *make_loaders(**options), config, state=tmp_path / "s", log=stop)
+    resumed = make_model()
+    fit(resumed, *make_loaders(**options), config, state=tmp_path / "s")
+    assert same_weights(resumed, whole)
+
+
+def test_a_state_of_another_phase_or_run_is_not_resumed(tmp_path, make_model, make_loaders):
+    config, state = TrainConfig(epochs=1, lr=1e-3), tmp_path / "state.safetensors"
+    fit(make_model(), *make_loaders(), config, phase=Phase(index=1, run="a"), state=state)
+    for other in (Phase(index=2, run="a"), Phase(index=1, run="b"), Phase(index=1, run="a", seed=1)):
+        lines = []
+        fit(make_model(), *make_loaders(), config, phase=other, state=tmp_path / "state.safetensors", log=lines.append)
+        assert len(lines) == 1
+
+
+def test_seeds_differ_between_epochs_phases_and_processes():
+    draws = set()
+    for key in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 0, 0, 1)]:
+        reseed(*key)
+        draws.add(torch.rand(()).item())
+    assert len(draws) == 5
+    assert reseed(3, 1, 2, rank=0) == reseed(3, 1, 2, rank=1), "processes must agree on the order of images"
+
+
+def test_distillation_pulls_towards_the_teacher(make_model, make_loaders):
+    train, test = make_loaders()
+    teacher = make_model(seed=1)
+    fit(teacher, train, test, TrainConfig(epochs=6, lr=3e-3))
+    before = copy.deepcopy(teacher.state_dict())
+
+    def distance(model):
+        images = next(iter(test))[0]
+        with torch.no_grad():
+            return (model.eval()(images).softmax(-1) - teacher.eval()(images).softmax(-1)).abs().mean().item()
+
+    student = make_model()
+    start = distance(student)
+    fit(student, train, test, FinetuneConfig(epochs=6, lr=3e-3, distill=DistillConfig(task_loss_weight=0.0)), teacher=teacher)
+    assert distance(student) < start / 2
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+def test_distillation_needs_a_teacher(make_model, make_loaders):
+    with pytest.raises(CompressError, match="teacher"):
+        fit(make_model(), *make_loaders(), FinetuneConfig(epochs=1, lr=1e-3, distill=DistillConfig()))
+
+
+def test_divergence_is_said(make_model, make_loaders, tmp_path):
+    with pytest.raises(CompressError, match=r"finite training loss, found (nan|inf); lower lr"):
+        fit(make_model(), *make_loaders(), TrainConfig(epochs=1, opt="sgd", lr=1e30), state=tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+def test_evaluation_counts_every_image_and_leaves_the_model_alone(make_model, make_loaders, few_digits):
+    model = make_model().train()
+    _, test = make_loaders(eval_batch_size=30)
+    before = copy.deepcopy(model.state_dict())
+    metrics = evaluate(model, test)
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with torch.no_grad():
+        predicted = torch.cat([model.eval()(images).argmax(1) for images, _ in test]).numpy()
+    assert metrics["top1"] == pytest.approx(100 * (predicted == few_digits.test.labels).mean())

@@ -1,0 +1,1 @@
+"""Training: data sources, one resumable loop on timm's parts, and measuring."""

@@ -1,0 +1,125 @@
+"""What a recipe says about data and training: frozen, validated data without behaviour."""
+
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Config(BaseModel):
+    """Base of every config: immutable, strict about types, closed to unknown keys, finite numbers only."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class AugmentConfig(Config):
+    """Augmentation of training images, in the terms of `timm.data.create_transform`.
+
+    A field left out takes the data source's default: none of timm's ImageNet defaults suits an 8x8 digit.
+    """
+
+    no_aug: bool = False
+    scale: tuple[Fraction, Fraction] | None = None
+    ratio: tuple[Positive, Positive] | None = None
+    hflip: Fraction | None = None
+    vflip: Fraction | None = None
+    color_jitter: Fraction | None = None
+    auto_augment: str | None = None
+    re_prob: Fraction | None = None
+
+
+class DataConfig(Config):
+    """Where images come from and how they are batched.
+
+    Attributes:
+        source: `digits`, `fashion_mnist`, `imagefolder:PATH`, or any name `timm.data.create_dataset` takes (`hfds/…`, `torch/…`).
+        root: folder of the data set; unused by `digits` and `imagefolder:PATH`.
+        train_split: name of the training split, for sources that have named splits.
+        eval_split: name of the split that metrics are computed on.
+        download: let timm fetch the data where it can.
+        batch_size: images per optimizer step, over all processes together.
+        eval_batch_size: images per forward pass in evaluation, per process.
+        workers: loader processes; 0 loads in the training process.
+        augment: augmentation of the training images.
+    """
+
+    source: str
+    root: str | None = None
+    train_split: str = "train"
+    eval_split: str = "validation"
+    download: bool = False
+    batch_size: Count = 64
+    eval_batch_size: Count = 256
+    workers: Annotated[int, Field(ge=0, le=256)] = 0
+    augment: AugmentConfig = AugmentConfig()
+
+
+class DistillConfig(Config):
+    """Logit distillation from the unpruned model (`timm.task.LogitDistillationTask`).
+
+    Attributes:
+        temperature: softmax temperature of both models.
+        task_loss_weight: weight of the loss on labels; distillation gets the rest.
+    """
+
+    temperature: Positive = 1.0
+    task_loss_weight: Fraction = 0.5
+
+
+class TrainConfig(Config):
+    """One training phase: `timm.optim`, `timm.scheduler` and `timm.task` settings under timm's own names.
+
+    Attributes:
+        epochs: passes over the training images, warm-up included.
+        opt: an optimizer of `timm.optim.list_optimizers()`.
+        lr: peak learning rate.
+        weight_decay: not applied to biases and norms, as is timm's habit.
+        opt_args: further arguments of the optimizer, such as `betas`.
+        sched: learning-rate schedule, stepped every update.
+        decay_epochs: interval (`step`) or length (`wsd`) of the decay; None takes timm's default.
+        smoothing: label smoothing.
+        clip_grad: gradient norm clipped to this; None leaves gradients alone.
+        ema_decay: decay of the weight average (`ModelEmaV3`, with warm-up) that becomes the result; None keeps the last weights.
+    """
+
+    epochs: Annotated[int, Field(ge=1, le=100_000)]
+    opt: str = "adamw"
+    lr: Positive
+    momentum: Fraction = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    opt_args: dict[str, JsonValue] = Field(default_factory=dict)
+    sched: Literal["cosine", "tanh", "step", "poly", "wsd", "rsqrt", "constant", "none"] = "cosine"
+    decay_epochs: Positive | None = None
+    warmup_epochs: Annotated[int, Field(ge=0)] = 0
+    warmup_lr: Annotated[float, Field(ge=0)] = 1e-6
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    clip_grad: Positive | None = None
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+    @field_validator("opt")
+    @classmethod
+    def _known_optimizer(cls, name: str) -> str:
+        from timm.optim import list_optimizers
+
+        if name not in list_optimizers():
+            raise ValueError("expected one of timm.optim.list_optimizers(), such as 'sgd' or 'adamw'")
+        return name
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> "TrainConfig":
+        if self.warmup_epochs >= self.epochs and self.warmup_epochs > 0:
+            raise ValueError(f"expected warmup_epochs below epochs ({self.epochs}), found {self.warmup_epochs}")
+        return self
+
+
+class FinetuneConfig(TrainConfig):
+    """A training phase after pruning, which may learn from the unpruned model as well."""
+
+    distill: DistillConfig | None = None
+
+
+AnyTrainConfig: TypeAlias = TrainConfig | FinetuneConfig

@@ -1,0 +1,100 @@
+"""Loaders of a data source for a given model: timm's transforms, with the preprocessing the model's `pretrained_cfg` asks for."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.data import create_loader, resolve_model_data_config
+from torch import nn
+from torch.utils.data import DataLoader
+
+from ..errors import CompressError
+from .config import DataConfig
+from .distributed import Processes
+from .sources import Source
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The first batches of a loader as something that can be walked more than once, for data-driven criteria.
+
+    Yields `(input, target)` of shapes `(batch, channels, height, width)` and `(batch,)`.
+    """
+
+    loader: DataLoader
+    count: int
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for _, batch in zip(range(self.count), self.loader, strict=False):
+            yield batch[0], batch[1]
+
+
+def train_loader(source: Source, config: DataConfig, model: nn.Module, processes: Processes | None = None) -> DataLoader:
+    """Loader of augmented, shuffled training images, prepared as the model's `pretrained_cfg` says.
+
+    Args:
+        source: the data sets.
+        config: batch size (over all processes together), workers, augmentation.
+        model: gives input size, normalisation and interpolation.
+        processes: the processes that train together; None for one.
+
+    Raises:
+        CompressError: the batch cannot be shared out evenly, or the images do not fill one batch.
+    """
+    processes = processes or Processes()
+    share, rest = divmod(config.batch_size, processes.world_size)
+    if rest or not share:
+        raise CompressError(f"data.batch_size: expected a multiple of the {processes.world_size} processes, found {config.batch_size}")
+    chosen = config.augment.model_dump(exclude_none=True)
+    loader = _loader(source.train, share, config.workers, model, processes, is_training=True, **{**source.augment, **chosen})
+    if len(loader) == 0:
+        raise CompressError(f"data.batch_size: expected at most the {len(source.train)} training images, found {config.batch_size}")
+    return loader
+
+
+def eval_loader(source: Source, config: DataConfig, model: nn.Module, processes: Processes | None = None) -> DataLoader:
+    """Loader of the test images in order, resized, cropped and normalised as the model's `pretrained_cfg` says."""
+    return _loader(source.test, config.eval_batch_size, config.workers, model, processes or Processes(), is_training=False)
+
+
+def calibration_batches(source: Source, config: DataConfig, model: nn.Module, count: int) -> Batches:
+    """The first `count` batches of shuffled training images without augmentation; seed torch before walking them."""
+    return Batches(_loader(source.train, config.batch_size, 0, model, Processes(), is_training=True, no_aug=True), count)
+
+
+def _loader(
+    dataset: Any, batch_size: int, workers: int, model: nn.Module, processes: Processes, *, is_training: bool, **transforms: Any
+) -> DataLoader:
+    return create_loader(
+        # timm hangs the transform on the data set; a shallow copy keeps loaders over the same images from changing each other's.
+        copy.copy(dataset),
+        batch_size=batch_size,
+        is_training=is_training,
+        num_workers=workers,
+        distributed=processes.distributed,
+        use_prefetcher=False,
+        # A persistent worker carries its random state from epoch to epoch, which a resumed run could not restore.
+        persistent_workers=False,
+        pin_memory=processes.device.type == "cuda",
+        **resolve_model_data_config(model),
+        **transforms,
+    )
+
+
+def check_fits(source: Source, model: nn.Module) -> None:
+    """Refuse a model and a data source that don't go together.
+
+    Raises:
+        CompressError: the model has another number of classes, or its `pretrained_cfg` prepares images of another number of channels.
+    """
+    classes = getattr(model, "num_classes", None)
+    if source.num_classes is not None and classes != source.num_classes:
+        raise CompressError(f"model.args.num_classes: expected the {source.num_classes} classes of the data source, found {classes}")
+    preprocessing = resolve_model_data_config(model)
+    channels = getattr(model, "in_chans", 3)
+    sizes = {"input_size": preprocessing["input_size"][0], **{name: len(preprocessing[name]) for name in ("mean", "std")}}
+    for name, found in sizes.items():
+        if found != channels:
+            raise CompressError(f"model.pretrained_cfg.{name}: expected {channels} channels as in the model, found {found}")

@@ -1,0 +1,269 @@
+"""One training loop, made of timm's tasks, optimizers, schedulers and metrics. Killed at any time, it goes on as if it had not been.
+
+Everything random in an epoch follows from (seed, phase, epoch), and the state saved between epochs is complete. So an epoch computes the
+same numbers whether the epochs before it ran in this process or in one that is gone.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from timm.task import ClassificationEvaluator, ClassificationTask, LogitDistillationTask, TrainingTask, evaluation_sample_limit
+from timm.utils import dispatch_clip_grad, distribute_bn, random_seed, unwrap_model
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from ..errors import CompressError
+from .checkpoint import load_state, save_state
+from .config import FinetuneConfig, TrainConfig
+from .distributed import Processes
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Which training phase of which run this is: the key of its randomness and of its saved state.
+
+    Attributes:
+        name: what progress bars show.
+        index: number of the phase in its run.
+        seed: seed of the run.
+        run: identity of the run; a state saved by another run is ignored.
+    """
+
+    name: str = "train"
+    index: int = 0
+    seed: int = 0
+    run: str = ""
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch did. `top1` and `top5` are percentages, as timm reports them.
+
+    Attributes:
+        train_loss: mean loss of the epoch's batches, distillation included.
+        lr: learning rate of the last update.
+        loss: cross-entropy on the test images, after the epoch.
+        top1: top-1 accuracy on the test images, in percent.
+        top5: top-5 accuracy on the test images, in percent.
+        seconds: wall time, evaluation included.
+    """
+
+    train_loss: float
+    lr: float
+    loss: float
+    top1: float
+    top5: float
+    seconds: float
+
+
+def reseed(seed: int, phase: int, epoch: int, rank: int = 0) -> int:
+    """Seed torch, numpy and random for one epoch of one process.
+
+    Returns:
+        A seed for what all processes must agree on, such as the order of the images.
+    """
+    shared = int(np.random.SeedSequence([seed, phase, epoch]).generate_state(1)[0]) & 0x3FFFFFFF
+    random_seed(shared, rank)
+    return shared
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: DataLoader, processes: Processes | None = None, progress: str | None = None) -> dict[str, float]:
+    """Cross-entropy and accuracy of a model over a loader, counted over all processes.
+
+    Args:
+        model: the model; its training mode is restored afterwards.
+        loader: yields `(batch, channels, height, width)` images and `(batch,)` class indices.
+        processes: the processes that share the loader; None for one.
+        progress: label of a progress bar; None shows none.
+
+    Returns:
+        `loss`, `top1` and `top5`, the latter two in percent.
+    """
+    processes = processes or Processes()
+    was_training = model.training
+    model.eval()
+    evaluator = ClassificationEvaluator(processes.device, max_samples=evaluation_sample_limit(loader))
+    for images, target in _bar(loader, progress, processes):
+        evaluator.update(model(images.to(processes.device)), target.to(processes.device))
+    model.train(was_training)
+    return dict(evaluator.compute(distributed=processes.distributed))
+
+
+def fit(
+    model: nn.Module,
+    train: DataLoader,
+    test: DataLoader,
+    config: TrainConfig,
+    *,
+    phase: Phase | None = None,
+    teacher: nn.Module | None = None,
+    processes: Processes | None = None,
+    state: Path | None = None,
+    log: Callable[[str], None] | None = None,
+) -> list[Epoch]:
+    """Train a model in place. The last epoch's weights stay (their average with `ema_decay`): nothing is chosen by its test score.
+
+    Args:
+        model: the model, on any device; moved to `processes.device`.
+        train: training batches, `(batch, channels, height, width)` and `(batch,)`.
+        test: evaluated after every epoch.
+        config: what to do.
+        phase: key of the randomness and of the saved state.
+        teacher: for `config.distill`, the model whose logits to learn.
+        processes: the processes that train together; None for one.
+        state: file that holds the state between epochs; a state of the same phase of the same run is resumed. None saves nothing.
+        log: receives one line an epoch; None is silent, progress bars included.
+
+    Returns:
+        What each epoch did, those before a resume included.
+
+    Raises:
+        CompressError: the loss is not finite, or distillation is asked for without a teacher.
+    """
+    phase, processes = phase or Phase(), processes or Processes()
+    model.to(processes.device)
+    task = _create_task(model, config, teacher, processes)
+    optimizer = create_optimizer_v2(
+        model, config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum, **_tuples(config.opt_args)
+    )
+    scheduler = _create_scheduler(optimizer, config, len(train))
+    if config.ema_decay is not None:
+        task.setup_ema(decay=config.ema_decay, use_warmup=True)
+    history = _resume(state, phase, task, optimizer)
+    if processes.distributed:
+        task.prepare_distributed(device_ids=None if processes.device.type == "cpu" else [processes.device])
+
+    for epoch in range(len(history), config.epochs):
+        start = time.perf_counter()
+        shared_seed = reseed(phase.seed, phase.index, epoch, processes.rank)
+        if hasattr(train.sampler, "set_epoch"):
+            train.sampler.set_epoch(shared_seed)
+        label = f"{phase.name} {epoch + 1}/{config.epochs}"
+        train_loss = _train_epoch(task, train, optimizer, scheduler, config, epoch * len(train), processes, label if log else None)
+        if not math.isfinite(train_loss):
+            raise CompressError(f"{label}: expected a finite training loss, found {train_loss}; lower lr ({config.lr:g}) or set clip_grad")
+        metrics = evaluate(_result(task), test, processes, f"{label} test" if log else None)
+        lr = optimizer.param_groups[0]["lr"]
+        history.append(Epoch(train_loss=train_loss, lr=lr, seconds=time.perf_counter() - start, **metrics))
+        if log and processes.primary:
+            log(f"{label}: train loss {train_loss:.4f}, test loss {metrics['loss']:.4f}, top-1 {metrics['top1']:.2f}%")
+        if state is not None and processes.primary:
+            _save(state, phase, task, optimizer, history)
+    if task.has_ema():
+        model.load_state_dict(_result(task).state_dict())
+    return history
+
+
+def _create_task(model: nn.Module, config: TrainConfig, teacher: nn.Module | None, processes: Processes) -> TrainingTask:
+    shared: dict[str, Any] = {"criterion_kwargs": {"smoothing": config.smoothing}, "device": processes.device, "verbose": False}
+    distill = config.distill if isinstance(config, FinetuneConfig) else None
+    if distill is None:
+        return ClassificationTask(model, **shared)
+    if teacher is None:
+        raise CompressError("distill: expected a teacher, found none")
+    return LogitDistillationTask(
+        model, teacher.to(processes.device), temperature=distill.temperature, task_loss_weight=distill.task_loss_weight, **shared
+    )
+
+
+def _create_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, updates_per_epoch: int) -> Scheduler | None:
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        config.sched,
+        num_epochs=config.epochs,
+        decay_epochs=config.decay_epochs,
+        min_lr=config.min_lr,
+        warmup_lr=config.warmup_lr,
+        warmup_epochs=config.warmup_epochs,
+        step_on_epochs=False,
+        updates_per_epoch=updates_per_epoch,
+    )
+    return scheduler
+
+
+def _train_epoch(
+    task: TrainingTask,
+    loader: DataLoader,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Scheduler | None,
+    config: TrainConfig,
+    updates: int,
+    processes: Processes,
+    progress: str | None,
+) -> float:
+    """One pass over the loader, `updates` optimizer steps after the phase began; returns the mean loss over all processes."""
+    task.train()
+    losses = torch.zeros((), dtype=torch.float64, device=processes.device)
+    bar = _bar(loader, progress, processes)
+    for batch, (images, target) in enumerate(bar):
+        if scheduler is not None:
+            scheduler.step_update(updates + batch)
+        loss = task(images.to(processes.device), target.to(processes.device))["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        if config.clip_grad is not None:
+            dispatch_clip_grad(task.get_clip_parameters(), config.clip_grad)
+        optimizer.step()
+        task.update_ema(step=updates + batch + 1)
+        losses += loss.detach()
+        if isinstance(bar, tqdm) and batch % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    if processes.distributed:
+        dist.all_reduce(losses)
+        for module in (task.get_trainable_module(), task.get_trainable_module(ema=True)):
+            if module is not None:
+                distribute_bn(module, processes.world_size, reduce=True)
+    return losses.item() / (len(loader) * processes.world_size)
+
+
+def _bar(loader: DataLoader, label: str | None, processes: Processes) -> Any:
+    if label is None or not processes.primary:
+        return loader
+    return tqdm(loader, desc=label, leave=False, disable=None, unit="batch")
+
+
+def _result(task: TrainingTask) -> nn.Module:
+    """The module whose weights the phase would end with: the average where there is one."""
+    return unwrap_model(task.get_trainable_module(ema=task.has_ema()))
+
+
+def _tuples(args: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in args.items()}
+
+
+def _save(path: Path, phase: Phase, task: TrainingTask, optimizer: torch.optim.Optimizer, history: list[Epoch]) -> None:
+    state = {
+        "phase": asdict(phase),
+        "history": [asdict(epoch) for epoch in history],
+        "model": unwrap_model(task.get_trainable_module()).state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    if task.has_ema():
+        state["ema"] = _result(task).state_dict()
+    save_state(path, state)
+
+
+def _resume(path: Path | None, phase: Phase, task: TrainingTask, optimizer: torch.optim.Optimizer) -> list[Epoch]:
+    if path is None or not path.exists():
+        return []
+    state = load_state(path)
+    # The file outlives its phase until the next one saves; only the same phase of the same run may go on from it.
+    if state["phase"] != asdict(phase):
+        return []
+    unwrap_model(task.get_trainable_module()).load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    if task.has_ema():
+        _result(task).load_state_dict(state["ema"])
+    return [Epoch(**epoch) for epoch in state["history"]]
