@@ -1,0 +1,122 @@
+"""The command line: each command against the function it stands for, and errors in one line."""
+
+import pytest
+import timm
+import torch
+from click.testing import CliRunner
+
+import zoo_compress as zc
+from zoo_compress.cli import cli, load_model
+
+TINY = ["-a", "num_classes=10", "-a", "in_chans=1"]
+
+
+def invoke(*args, code=0):
+    result = CliRunner().invoke(cli, [str(arg) for arg in args])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A model pruned through the command line, and what the command said."""
+    folder = tmp_path_factory.mktemp("cli") / "small"
+    return folder, invoke("prune", "test_resnet", "--macs", 0.5, "--round-to", 4, "-o", folder, *TINY).output
+
+
+@pytest.mark.parametrize("command", ["run", "inspect", "prune", "eval", "measure"])
+def test_help_has_examples(command):
+    text = invoke(command, "--help").output
+    lines = text[text.index("Examples:") :].splitlines()[1:]
+    assert lines
+    assert all("zoo-compress " in line or "recipes/" in line or "torchrun " in line for line in lines if line.strip())
+
+
+def test_help_lists_the_commands():
+    text = invoke("--help").output
+    assert all(f"\n  {command} " in text for command in ("run", "inspect", "prune", "eval", "measure"))
+
+
+def test_inspect_shows_layout_and_costs():
+    output = invoke("inspect", "test_resnet", *TINY).output
+    layout = zc.analyze(timm.create_model("test_resnet", num_classes=10, in_chans=1))
+    assert str(layout).splitlines()[0] in output
+    assert f"MACs {layout.macs():,}" in output
+    assert f"parameters {layout.num_params():,}" in output
+    for axis in layout.axes.values():
+        assert not axis.frozen or axis.frozen in output
+
+
+def test_prune_saves_what_it_says(saved):
+    folder, output = saved
+    small = zc.analyze(timm.create_model(f"local-dir:{folder}", pretrained=True))
+    dense = zc.analyze(timm.create_model("test_resnet", num_classes=10, in_chans=1))
+    assert small.macs() / dense.macs() == pytest.approx(0.5, abs=0.02)
+    assert f"{small.macs():,}" in output
+    assert f"{small.num_params():,}" in output
+    assert "nothing was fine-tuned" in output
+
+
+def test_prune_leaves_a_folder_with_files_alone(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    result = invoke("prune", "test_resnet", "--macs", 0.5, "-o", tmp_path, code=2)
+    assert "expected a new or empty folder" in result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+
+
+def test_eval_agrees_with_torch(saved):
+    from zoo_compress.training.config import DataConfig
+    from zoo_compress.training.data import eval_loader
+    from zoo_compress.training.sources import open_source
+
+    folder, _ = saved
+    output = invoke("eval", folder, "--data", "digits", "--batch-size", 100).output
+    model, source = timm.create_model(f"local-dir:{folder}", pretrained=True).eval(), open_source(DataConfig(source="digits"), 1)
+    with torch.no_grad():
+        hits = [(model(x).argmax(1) == y).float() for x, y in eval_loader(source, DataConfig(source="digits"), model)]
+    assert f"top-1 {100 * torch.cat(hits).mean():.2f}%" in output
+
+
+def test_measure_compares(saved):
+    folder, _ = saved
+    output = invoke("measure", f"local-dir:{folder}", "test_resnet", "--runs", 3, "--threads", 1).output
+    assert f"local-dir:{folder}" in output
+    assert "batch 1, 1 thread\n" in output
+    assert f"{sum(p.numel() for p in timm.create_model('test_resnet').parameters()):,}" in output
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["inspect", "resnet_18"], "did you mean resnet18"),
+        (["inspect", "no/such/folder"], "expected a name of timm.list_models(), local-dir:PATH"),
+        (["inspect", "local-dir:/no/such/folder"], "timm cannot create it"),
+        (["inspect", "test_resnet", "-a", "num_clases=3"], "timm cannot create it with {'num_clases': 3}"),
+        (["inspect", "test_resnet", "-a", "3"], "--arg: expected NAME=VALUE, found '3'"),
+        (["prune", "test_resnet", "-o", "new"], "exactly one of"),
+        (["prune", "test_resnet", "-o", "new", "--macs", "0.5", "--keep", "0.5"], "exactly one of"),
+        (["eval", "test_resnet", "--data", "digits"], "expected the 10 classes of the data source, found 1000"),
+        (["run", "no/such/recipe.yaml"], "cannot read the recipe"),
+    ],
+)
+def test_errors_are_one_line(args, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = invoke(*args, code=2)
+    assert result.stderr.startswith("error: ")
+    assert words in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_arguments_are_written_as_in_yaml():
+    model = load_model("test_resnet", args=["num_classes=3", "drop_rate=0.5", "global_pool=max"])
+    assert (model.num_classes, model.drop_rate, model.global_pool.pool_type) == (3, 0.5, "max")
+
+
+def test_bugs_keep_their_traceback(monkeypatch):
+    def bug(*args):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("zoo_compress.cli.load_model", bug)
+    result = CliRunner().invoke(cli, ["inspect", "test_resnet"])
+    assert isinstance(result.exception, ZeroDivisionError)

@@ -1,0 +1,163 @@
+"""Recipes: the shipped ones are sound, and what is wrong with one is said in a line."""
+
+import itertools
+import math
+import os
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zoo_compress.errors import RecipeError
+from zoo_compress.plan import PruneRound, budget_of_round, make_plan, milestones, unpruned
+from zoo_compress.recipe import PruneStage, load_recipe
+
+SHIPPED = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+
+GOOD = """
+model: {name: test_resnet, args: {num_classes: 10, in_chans: 1}}
+data: {source: digits}
+output: out
+stages:
+  - train: {epochs: 2, lr: 1e-3}
+  - prune: {macs: 0.5, rounds: 3, finetune: {epochs: 1, lr: 1e-3}}
+  - finetune: {epochs: 1, lr: 1e-3, distill: {temperature: 2}}
+  - evaluate
+  - save:
+"""
+
+
+def load(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return load_recipe(path)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_recipes_are_valid_scripts(path):
+    recipe = load_recipe(path)
+    assert path.read_text().startswith("#!/usr/bin/env -S zoo-compress run\n")
+    assert os.access(path, os.X_OK)
+    assert recipe.description
+    assert recipe.output == f"runs/{path.stem}"
+
+
+def test_both_recipes_are_shipped():
+    assert {"quickstart", "test_byobnet_fmnist_half"} <= {path.stem for path in SHIPPED}
+
+
+def test_a_good_recipe(tmp_path):
+    recipe = load(tmp_path, GOOD)
+    assert [stage.kind for stage in recipe.stages] == ["train", "prune", "finetune", "evaluate", "save"]
+    assert recipe.stages[0].lr == 1e-3, "YAML 1.2's way to write a number"
+    assert recipe.stages[4].to == "model"
+
+
+BAD = {
+    "unknown key": ("data: {source: digits}", "data: {source: digits, batchsize: 3}", "data.batchsize: expected no such key"),
+    "unknown key in a stage": ("epochs: 2", "epochs: 2, epoch: 3", "stages.0.train.epoch: expected no such key"),
+    "wrong type": ("epochs: 2", "epochs: two", "stages.0.train.epochs: expected a valid integer, found 'two'"),
+    "text for a number": ("epochs: 2", "epochs: '2'", "stages.0.train.epochs: expected a valid integer, found '2'"),
+    "true for a number": ("epochs: 2", "epochs: true", "stages.0.train.epochs: expected a valid integer, found True"),
+    "a fraction of an epoch": ("epochs: 2", "epochs: 2.5", "stages.0.train.epochs: expected a valid integer"),
+    "impossible value": ("macs: 0.5", "macs: -1", "stages.1.prune.macs: expected greater than 0, found -1"),
+    "not a number": ("macs: 0.5", "macs: .nan", "stages.1.prune.macs: expected a finite number"),
+    "two budgets": ("macs: 0.5", "macs: 0.5, keep: 0.5", "stages.1.prune: expected exactly one of keep, macs, params, found keep and macs"),
+    "no budget": ("macs: 0.5, ", "", "stages.1.prune: expected exactly one of keep, macs, params, found none"),
+    "rounds without training": (", finetune: {epochs: 1, lr: 1e-3}}", "}", "stages.1.prune: expected finetune settings"),
+    "unknown criterion": ("rounds: 3", "criterion: l3, rounds: 3", "stages.1.prune.criterion: expected one of"),
+    "zero rounds": ("rounds: 3", "rounds: 0", "stages.1.prune.rounds"),
+    "unknown model": ("name: test_resnet", "name: test_resnot", "model.name: expected a name of timm.list_models()"),
+    "path for a model": ("name: test_resnet", "name: a/b", "model.name: expected a name of timm.list_models()"),
+    "unknown stage": ("- evaluate", "- evaluat", "stages.3: expected one of train, prune, finetune, evaluate, save"),
+    "two stages in one": ("- evaluate", "- {evaluate: , save: }", "stages.3: expected one of train"),
+    "stage settings that are no mapping": ("- evaluate", "- evaluate: 3", "stages.3: expected one of train"),
+    "unknown optimizer": ("epochs: 2", "opt: adamm, epochs: 2", "stages.0.train.opt: expected one of timm.optim.list_optimizers()"),
+    "unknown schedule": ("epochs: 2", "sched: cosin, epochs: 2", "stages.0.train.sched: expected 'cosine'"),
+    "warm-up without end": ("epochs: 2", "warmup_epochs: 2, epochs: 2", "stages.0.train: expected warmup_epochs below epochs (2), found 2"),
+    "teacher before pruning": ("- train: {", "- finetune: {distill: {}, ", "expected a prune stage before stages.0.finetune.distill"),
+    "missing part": ("output: out", "", "output: expected a value, found none"),
+    "key given twice": ("output: out", "output: out\noutput: there", "line 5: found the key 'output' twice"),
+    "key that is no text": ("output: out", "output: out\n3: there", "line 5: expected a key that is text, found 3"),
+    "not YAML": ("output: out", "output: [", "line 6: expected the node content"),
+    "a date": ("output: out", "output: 2020-02-02", "expected only mappings, lists, text"),
+    "a Python object": ("output: out", "output: !!python/object:os.system {}", "could not determine a constructor"),
+    "a loop": ("data: {source: digits}", "data: &d {source: *d}", "expected"),
+    "saving outside": ("- save:", "- save: {to: ../elsewhere}", "stages.4.save.to: expected a folder below the output folder"),
+    "saving over the steps": ("- save:", "- save: {to: steps/x}", "stages.4.save.to: expected a folder below the output folder"),
+    "saving twice in one place": ("- save:", "- save\n  - save", "expected a folder of its own for each save stage"),
+    "channels": (
+        "name: test_resnet,",
+        "name: test_resnet, pretrained_cfg: {input_size: [1, 8, 8], mean: [1, 2]},",
+        "one mean for each of 1",
+    ),
+    "no stages": (GOOD[GOOD.index("stages") :], "stages: []", "stages: expected"),
+    "nothing": (GOOD, "", "expected a mapping"),
+}
+
+
+@pytest.mark.parametrize(("old", "new", "words"), BAD.values(), ids=BAD.keys())
+def test_bad_recipes_are_refused_in_one_line(tmp_path, old, new, words):
+    assert old in GOOD
+    with pytest.raises(RecipeError) as error:
+        load(tmp_path, GOOD.replace(old, new))
+    message = str(error.value)
+    assert message.startswith(str(tmp_path / "recipe.yaml"))
+    assert words in message
+    assert "\n" not in message
+
+
+def test_missing_and_unreadable_files(tmp_path):
+    with pytest.raises(RecipeError, match="No such file"):
+        load_recipe(tmp_path / "none.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"output: \xe9")
+    with pytest.raises(RecipeError, match="UTF-8"):
+        load_recipe(tmp_path / "latin.yaml")
+
+
+def test_hash_is_of_what_decides_the_numbers(tmp_path):
+    recipe = load(tmp_path, GOOD)
+    assert load(tmp_path, "# a remark\n" + GOOD.replace("output: out", "output: there\ndescription: words")).sha256 == recipe.sha256
+    assert load(tmp_path, GOOD + "seed: 1\n").sha256 != recipe.sha256
+    assert load(tmp_path, GOOD.replace("lr: 1e-3", "lr: 0.001")).sha256 == recipe.sha256
+    assert re.fullmatch("[0-9a-f]{64}", recipe.sha256)
+
+
+def test_plan_writes_rounds_out(tmp_path):
+    plan = make_plan(load(tmp_path, GOOD))
+    kinds = ["create", "train", *["prune", "finetune"] * 3, "evaluate", "save", "report"]
+    assert [step.kind for step in plan] == kinds
+    assert [step.name for step in plan] == [f"{index:02d}_{kind}" for index, kind in enumerate(kinds)]
+    assert {label: step.name for label, step in milestones(plan).items()} == {
+        "before pruning": "01_train",
+        "after pruning": "06_prune",
+        "after fine-tuning": "07_finetune",
+    }
+    assert unpruned(plan) is plan[1]
+    assert {step.action.first for step in plan if isinstance(step.action, PruneRound)} == {"02_prune"}
+
+
+def test_plan_without_pruning(tmp_path):
+    text = GOOD[: GOOD.index("  - prune")]
+    plan = make_plan(load(tmp_path, text))
+    assert unpruned(plan) is None
+    assert [step.name for step in milestones(plan).values()] == ["01_train"]
+
+
+@given(st.floats(0.05, 0.95), st.integers(2, 12), st.sampled_from(["macs", "params"]))
+def test_rounds_are_geometric_and_end_at_the_budget(limit, rounds, name):
+    stage = PruneStage.model_validate({"kind": "prune", name: limit, "rounds": rounds, "finetune": {"epochs": 1, "lr": 0.1}})
+    sizes = [1e6] + [budget_of_round(PruneRound(stage, number, "x"), 1e6)[name] for number in range(1, rounds + 1)]
+    ratios = [after / before for before, after in itertools.pairwise(sizes)]
+    assert ratios == pytest.approx([ratios[0]] * rounds)
+    assert sizes[-1] == pytest.approx(limit * 1e6)
+    whole = PruneStage.model_validate({"kind": "prune", "keep": limit, "rounds": rounds, "finetune": {"epochs": 1, "lr": 0.1}})
+    assert math.prod(budget_of_round(PruneRound(whole, n, "x"), 1)["keep"] for n in range(rounds)) == pytest.approx(limit)
+
+
+@given(st.floats(0.05, 0.9))
+def test_auto_rounds_remove_about_a_tenth_each(limit):
+    stage = PruneStage.model_validate({"kind": "prune", "macs": limit, "rounds": "auto", "finetune": {"epochs": 1, "lr": 0.1}})
+    assert 0.05 < 1 - limit ** (1 / stage.num_rounds) < 0.15

@@ -1,0 +1,228 @@
+"""Runs: whole, stopped, killed, repeated, shared between processes. The numbers must not tell which."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import timm
+import torch
+
+from zoo_compress.errors import CompressError, RecipeError
+from zoo_compress.runner import run
+from zoo_compress.training.checkpoint import load_state
+
+RECIPE = """
+model:
+  name: test_resnet
+  args: {{num_classes: 10, in_chans: 1}}
+  pretrained_cfg: {{input_size: [1, 8, 8]}}
+data: {{source: digits, batch_size: 256}}
+output: {output}
+stages:
+  - train: {{epochs: 2, lr: 3e-3, ema_decay: 0.9}}
+  - prune: {{macs: 0.6, round_to: 4, rounds: 2, finetune: {{epochs: 1, lr: 1e-3}}}}
+  - finetune: {{epochs: 2, lr: 1e-3, distill: {{}}}}
+  - evaluate
+  - save
+measure: {{runs: 3}}
+"""
+
+
+def write(folder, output="out", text=RECIPE):
+    path = folder / "recipe.yaml"
+    path.write_text(text.format(output=folder / output))
+    return path
+
+
+def numbers(output):
+    """All of a record that does not depend on the clock."""
+    record = json.loads((output / "results.json").read_text())
+    steps = [(s["name"], s["metrics"], [{k: v for k, v in e.items() if k != "seconds"} for e in s["epochs"]]) for s in record["steps"]]
+    table = [{k: v for k, v in row.items() if not k.startswith("latency")} for row in record["table"]]
+    return record["status"], steps, table
+
+
+def weights(output):
+    return (output / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that was never stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    record = run(write(folder), log=lambda line: None)
+    torch.set_num_threads(threads)
+    return folder, record
+
+
+def start(recipe, *launcher):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, "-m", "zoo_compress", "run", str(recipe)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_record_and_table(whole):
+    folder, record = whole
+    assert record.status == "finished"
+    assert record.seed == 0
+    rows = {row.label: row for row in record.table}
+    assert list(rows) == ["before pruning", "after pruning", "after fine-tuning", "reloaded"]
+    dense, small = rows["before pruning"], rows["after fine-tuning"]
+    assert small.macs / dense.macs == pytest.approx(0.6, abs=0.02)
+    assert small.params < dense.params
+    assert rows["reloaded"].top1 == small.top1
+    assert json.loads((folder / "out/results.json").read_text())["table"] == [row.model_dump() for row in record.table]
+    assert {step.name for step in record.steps if step.epochs} == {"01_train", "03_finetune", "05_finetune"}
+
+
+def test_result_loads_as_any_timm_model(whole):
+    folder, record = whole
+    model = timm.create_model(f"local-dir:{folder / 'out/model'}", pretrained=True)
+    assert sum(p.numel() for p in model.parameters()) == record.table[-1].params
+    assert model.pretrained_cfg["input_size"] == (1, 8, 8)
+    assert tuple(model.pretrained_cfg["mean"]) == (0.305,)
+
+
+def test_only_needed_models_stay(whole):
+    folder = whole[0] / "out"
+    assert {path.name for path in (folder / "steps").iterdir()} == {"01_train", "04_prune", "05_finetune"}
+    assert not [path.name for path in folder.rglob("*") if "tmp" in path.name or ".old" in path.name]
+
+
+def test_nothing_is_pickled(whole):
+    files = {path.relative_to(whole[0] / "out") for path in (whole[0] / "out").rglob("*") if path.is_file()}
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ""}
+    assert {str(path) for path in files if len(path.parts) == 1} == {".lock", "results.json"}
+
+
+def test_a_finished_run_is_not_run_again(whole):
+    folder, record = whole
+    before = (folder / "out/results.json").read_bytes()
+    again = []
+    assert run(folder / "recipe.yaml", log=again.append) == record
+    assert len(again) == 1
+    assert "finished earlier" in again[0]
+    assert (folder / "out/results.json").read_bytes() == before
+
+
+def test_a_changed_recipe_is_refused(whole, tmp_path):
+    changed = tmp_path / "recipe.yaml"
+    changed.write_text((whole[0] / "recipe.yaml").read_text() + "seed: 1\n")
+    with pytest.raises(RecipeError, match="found a changed one; use --fresh to start over, or another output"):
+        run(changed)
+
+
+def test_killed_runs_end_with_the_same_numbers(whole, tmp_path):
+    recipe, output = write(tmp_path), tmp_path / "out"
+
+    def saved_epochs():
+        """The phase whose state was saved last, and its number of epochs."""
+        state = output / "training.safetensors"
+        state = load_state(state) if state.exists() else {"phase": {"name": ""}, "history": []}
+        return state["phase"]["name"], len(state["history"])
+
+    process = start(recipe)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and saved_epochs() != ("finetune", 1) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "the run was over before it could be killed"
+    process = start(recipe)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert "going on after 04_prune" in stderr
+    assert "finetune 2/2:" in stderr
+    assert "finetune 1/2:" not in stderr
+    assert numbers(output) == numbers(whole[0] / "out")
+    assert weights(output) == weights(whole[0] / "out")
+
+
+def test_interrupted_between_steps_and_within_epochs(whole, tmp_path):
+    recipe = write(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for word in ("prune round 2/2", "finetune 2/2"):
+
+        def stop(line, word=word):
+            if word in line:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, log=stop)
+    run(recipe, log=lambda line: None)
+    torch.set_num_threads(threads)
+    assert numbers(tmp_path / "out") == numbers(whole[0] / "out")
+    assert weights(tmp_path / "out") == weights(whole[0] / "out")
+
+
+SHORT = """
+model: {{name: test_resnet, args: {{num_classes: 10, in_chans: 1}}, pretrained_cfg: {{input_size: [1, 8, 8]}}}}
+data: {{source: digits, batch_size: 256}}
+output: {output}
+stages: [train: {{epochs: 1, lr: 1e-3}}, prune: {{macs: 0.6, round_to: 4, criterion: taylor}}, save]
+measure: {{runs: 2}}
+"""
+
+
+def test_two_processes(tmp_path):
+    process = start(write(tmp_path, text=SHORT), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    record = json.loads((tmp_path / "out/results.json").read_text())
+    assert record["status"] == "finished"
+    assert record["world_size"] == 2
+    assert stdout.count("before pruning") == 1
+    assert stderr.count("train 1/1:") == 1
+    assert [row["label"] for row in record["table"]] == ["before pruning", "after pruning", "reloaded"]
+    assert record["table"][0]["top1"] == record["steps"][1]["metrics"]["top1"]
+
+
+def test_fresh_starts_over_and_leaves_other_files(tmp_path):
+    recipe = write(tmp_path, text=SHORT)
+
+    def stop(line):
+        if "[3/5] prune" in line:
+            raise KeyboardInterrupt
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine.txt").write_text("mine")
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, log=stop)
+    lines = []
+    run(recipe, fresh=True, log=lines.append)
+    assert any(line.startswith("train 1/1") for line in lines)
+    assert (tmp_path / "out/mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("num_classes: 10", "num_classes: 9", "num_classes: expected the 10 classes of the data source, found 9"),
+        ("num_classes: 10", "num_clases: 10", "timm cannot create 'test_resnet'"),
+        ("source: digits", "source: digit", "expected digits, fashion_mnist"),
+        ("batch_size: 256", "batch_size: 2560", "at most the"),
+        ("[1, 8, 8]", "[3, 8, 8]", "pretrained_cfg.input_size: expected 1 channels"),
+    ],
+)
+def test_what_cannot_start_writes_nothing(tmp_path, old, new, words):
+    assert old in SHORT
+    with pytest.raises(CompressError) as error:
+        run(write(tmp_path, text=SHORT.replace(old, new)))
+    assert words in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / "out").mkdir()
+    with open(tmp_path / "out/.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(RecipeError, match="expected no other run"):
+            run(write(tmp_path, text=SHORT))

@@ -1,0 +1,111 @@
+"""A recipe's stages as a flat list of steps, each of which starts from one saved model and ends with another or none."""
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from .recipe import EvaluateStage, PruneStage, Recipe, SaveStage
+from .training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class PruneRound:
+    """One of the rounds of a prune stage.
+
+    Attributes:
+        stage: the stage.
+        round: number of the round, from 1.
+        first: name of the stage's first step, whose record holds the size of the model that the budget refers to.
+    """
+
+    stage: PruneStage
+    round: int
+    first: str
+
+
+Action: TypeAlias = TrainConfig | PruneRound | EvaluateStage | SaveStage | Literal["create", "report"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing to do.
+
+    Attributes:
+        name: unique in its run, numbered in order; also the name of its folder.
+        index: its number; key of its randomness.
+        kind: `create`, `train`, `prune`, `finetune`, `evaluate`, `save` or `report`.
+        label: what people see.
+        action: what to do.
+    """
+
+    name: str
+    index: int
+    kind: str
+    label: str
+    action: Action
+
+    @property
+    def makes_model(self) -> bool:
+        """Whether the step ends with a new model."""
+        return self.action == "create" or isinstance(self.action, TrainConfig | PruneRound)
+
+
+def make_plan(recipe: Recipe) -> tuple[Step, ...]:
+    """The steps of a recipe: `create`, those of its stages with rounds written out, and `report`."""
+    steps: list[Step] = []
+
+    def add(kind: str, action: Action, detail: str = "") -> str:
+        index = len(steps)
+        steps.append(Step(f"{index:02d}_{kind}", index, kind, f"{kind}{detail}", action))
+        return steps[-1].name
+
+    add("create", "create")
+    for stage in recipe.stages:
+        if not isinstance(stage, PruneStage):
+            add(stage.kind, stage)
+            continue
+        first = ""
+        for number in range(1, stage.num_rounds + 1):
+            detail = f" round {number}/{stage.num_rounds}" if stage.num_rounds > 1 else ""
+            name = add("prune", PruneRound(stage, number, first or f"{len(steps):02d}_prune"), detail)
+            first = first or name
+            if stage.finetune is not None and number < stage.num_rounds:
+                add("finetune", stage.finetune, detail)
+    add("report", "report")
+    return tuple(steps)
+
+
+def unpruned(plan: tuple[Step, ...]) -> Step | None:
+    """The step whose model the first prune step starts from; it teaches in distillation. None if nothing is pruned."""
+    first = next((step.index for step in plan if isinstance(step.action, PruneRound)), None)
+    return next((step for step in reversed(plan[:first]) if step.makes_model), None) if first is not None else None
+
+
+def milestones(plan: tuple[Step, ...]) -> dict[str, Step]:
+    """The models of the final table: label to the step that makes it."""
+    last = next(step for step in reversed(plan) if step.makes_model)
+    dense = unpruned(plan)
+    if dense is None:
+        return {"model": last}
+    pruned = next(step for step in reversed(plan) if isinstance(step.action, PruneRound))
+    rows = {"before pruning": dense, "after pruning": pruned}
+    return rows if last is pruned else {**rows, "after fine-tuning": last}
+
+
+def budget_of_round(action: PruneRound, size: float) -> dict[str, float]:
+    """What one round asks of `zoo_compress.prune`: geometric steps from the model's size to the stage's budget.
+
+    Args:
+        action: the round.
+        size: MACs or parameters, whichever is limited, of the model before the first round; unused for `keep` and single rounds.
+
+    Returns:
+        One keyword argument. `keep` is a fraction of the model as it stands; `macs` and `params` are counts, so that rounds don't add up
+        their rounding.
+    """
+    (name, limit), rounds = action.stage.budget, action.stage.num_rounds
+    if rounds == 1:
+        return {name: limit}
+    if name == "keep":
+        return {name: limit ** (1 / rounds)}
+    target = limit if limit > 1 else limit * size
+    return {name: size * (target / size) ** (action.round / rounds)}

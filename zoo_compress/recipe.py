@@ -1,0 +1,303 @@
+"""Recipes: what a YAML file may say, and reading one. Everything wrong with a recipe is said in one line, before anything starts."""
+
+import hashlib
+import json
+import math
+import re
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, ValidationError, field_validator, model_validator
+
+from .errors import RecipeError
+from .training.config import Config, Count, DataConfig, FinetuneConfig, Positive, TrainConfig
+
+REMOVED_PER_ROUND = 0.1
+"""`rounds: auto` prunes in as many rounds as it takes for each to remove about this fraction of what is left."""
+
+
+class PretrainedCfgConfig(Config):
+    """Preprocessing that the model's `pretrained_cfg`, and so the saved checkpoint, carries. What is left out comes from the data source
+    (for a model trained from scratch) or from the model."""
+
+    input_size: tuple[Count, Count, Count] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[Positive, ...] | None = None
+    interpolation: Literal["nearest", "bilinear", "bicubic"] | None = None
+    crop_pct: Annotated[float, Field(gt=0, le=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_per_channel(self) -> "PretrainedCfgConfig":
+        for name, values in {"mean": self.mean, "std": self.std}.items():
+            if values and self.input_size and len(values) != self.input_size[0]:
+                raise ValueError(f"expected one {name} for each of {self.input_size[0]} channels, found {len(values)}")
+        return self
+
+
+class ModelConfig(Config):
+    """The model to start from.
+
+    Attributes:
+        name: anything `timm.create_model` takes: an architecture, `local-dir:PATH`, `hf-hub:OWNER/REPO`.
+        pretrained: load the weights the name stands for.
+        args: keyword arguments of `timm.create_model`, such as `num_classes` and `in_chans`.
+        pretrained_cfg: preprocessing.
+    """
+
+    name: str
+    pretrained: bool = False
+    args: dict[str, JsonValue] = Field(default_factory=dict)
+    pretrained_cfg: PretrainedCfgConfig = PretrainedCfgConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        import timm
+        from timm.models import parse_model_name, split_model_name_tag
+
+        expected = "expected a name of timm.list_models(), local-dir:PATH or hf-hub:OWNER/REPO"
+        try:
+            source, identifier = parse_model_name(name)
+        except ValueError as error:
+            raise ValueError(expected) from error
+        if source is None and not timm.is_model(split_model_name_tag(identifier)[0]):
+            raise ValueError(expected)
+        return name
+
+
+class TrainStage(TrainConfig):
+    """Train the model on labels."""
+
+    kind: Literal["train"]
+
+
+class FinetuneStage(FinetuneConfig):
+    """Train the model after pruning, on labels and, with `distill`, on the logits of the unpruned model."""
+
+    kind: Literal["finetune"]
+
+
+class PruneStage(Config):
+    """Prune to a budget, at once or in rounds.
+
+    Exactly one of `keep`, `macs` and `params` is given, as in `zoo_compress.prune`: up to 1 a fraction kept, above 1 a count.
+
+    Attributes:
+        rounds: how often to prune, in geometric steps to the budget, each but the last followed by `finetune`;
+            `auto` removes about 10% of what is left each time (fractions only).
+        finetune: the training between rounds.
+        calibration_batches: training batches shown to criteria that need data.
+    """
+
+    kind: Literal["prune"]
+    keep: Annotated[float, Field(gt=0, lt=1)] | None = None
+    macs: Positive | None = None
+    params: Positive | None = None
+    criterion: str = "l2"
+    scope: Literal["global", "local"] = "global"
+    round_to: Count = 8
+    min_keep: Annotated[float, Field(gt=0, le=1)] = 0.1
+    exclude: tuple[str, ...] = ()
+    rounds: Count | Literal["auto"] = 1
+    finetune: FinetuneConfig | None = None
+    calibration_batches: Count = 8
+
+    @field_validator("criterion")
+    @classmethod
+    def _known_criterion(cls, name: str) -> str:
+        from .methods.criteria import CRITERIA
+
+        if name not in CRITERIA:
+            raise ValueError(f"expected one of {', '.join(CRITERIA)}")
+        return name
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "PruneStage":
+        given = [name for name in ("keep", "macs", "params") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"expected exactly one of keep, macs, params, found {' and '.join(given) or 'none'}")
+        if self.rounds == "auto" and self.budget[1] > 1:
+            raise ValueError("expected a number of rounds beside an absolute budget, found 'auto'")
+        if self.rounds != 1 and self.finetune is None:
+            raise ValueError("expected finetune settings for the training between rounds, found none")
+        if self.rounds == 1 and self.finetune is not None:
+            raise ValueError("expected finetune only with several rounds; after a single one, add a finetune stage")
+        return self
+
+    @property
+    def budget(self) -> tuple[str, float]:
+        """The quantity that is limited (`keep`, `macs` or `params`) and its limit."""
+        return next((name, value) for name in ("keep", "macs", "params") if (value := getattr(self, name)) is not None)
+
+    @property
+    def num_rounds(self) -> int:
+        """How often to prune, with `auto` worked out."""
+        if self.rounds == "auto":
+            return max(1, round(math.log(self.budget[1]) / math.log(1 - REMOVED_PER_ROUND)))
+        return self.rounds
+
+
+class EvaluateStage(Config):
+    """Evaluate the model on the test images and note the result in the record."""
+
+    kind: Literal["evaluate"]
+
+
+def _inside(path: str) -> str:
+    parts = PurePosixPath(path).parts
+    if not parts or PurePosixPath(path).is_absolute() or ".." in parts or parts[0] in ("steps", "results.json") or parts[0].startswith("."):
+        raise ValueError("expected a folder below the output folder, other than steps/")
+    return path
+
+
+class SaveStage(Config):
+    """Save the model for `timm.create_model("local-dir:…", pretrained=True)`.
+
+    Attributes:
+        to: folder below the output folder.
+    """
+
+    kind: Literal["save"]
+    to: Annotated[str, AfterValidator(_inside)] = "model"
+
+
+def _tag(stage: Any) -> Any:
+    """`train: {epochs: 3}` with its name inside, as pydantic's tagged unions want it; a bare `save` is `save: {}`."""
+    name, body = (stage, {}) if isinstance(stage, str) else next(iter(stage.items())) if isinstance(stage, dict) and stage else (None, None)
+    body = {} if body is None else body
+    if name not in STAGES or not isinstance(body, dict) or (isinstance(stage, dict) and len(stage) != 1) or "kind" in body:
+        raise ValueError(f"expected one of {', '.join(STAGES)}, with its settings as a mapping")
+    return {"kind": name, **body}
+
+
+STAGES = ("train", "prune", "finetune", "evaluate", "save")
+Stage = Annotated[
+    Annotated[TrainStage | PruneStage | FinetuneStage | EvaluateStage | SaveStage, Field(discriminator="kind")],
+    BeforeValidator(_tag),
+]
+
+
+class MeasureConfig(Config):
+    """How latency is measured: see `zoo_compress.training.measure`."""
+
+    batch_size: Count = 1
+    threads: Count | None = None
+    runs: Count = 100
+
+
+class Recipe(Config):
+    """A whole experiment.
+
+    Attributes:
+        description: one line for people, and for the model card.
+        model: the model to start from.
+        data: images to train and evaluate on.
+        seed: seed of everything random.
+        device: where to train; None takes CUDA where there is one. Latency is always measured on the CPU.
+        output: folder of everything the run writes, relative to the working directory.
+        stages: what to do, in order.
+        measure: how to measure latency.
+    """
+
+    description: str = ""
+    model: ModelConfig
+    data: DataConfig
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    device: str | None = None
+    output: str = Field(min_length=1)
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
+    measure: MeasureConfig = MeasureConfig()
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Recipe":
+        pruned = False
+        for index, stage in enumerate(self.stages):
+            if isinstance(stage, FinetuneStage) and stage.distill and not pruned:
+                raise ValueError(f"expected a prune stage before stages.{index}.finetune.distill: its teacher is the unpruned model")
+            pruned = pruned or isinstance(stage, PruneStage)
+        folders = [stage.to for stage in self.stages if isinstance(stage, SaveStage)]
+        if len(set(folders)) != len(folders):
+            raise ValueError(f"expected a folder of its own for each save stage, found {', '.join(folders)}")
+        return self
+
+    @property
+    def sha256(self) -> str:
+        """Hash of all that decides the run's numbers: everything but `description` and `output`."""
+        content = self.model_dump(mode="json", exclude={"description", "output"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read and validate a recipe.
+
+    Raises:
+        RecipeError: one line that names the file, the key path, what was expected and what was found.
+    """
+    content = _read_yaml(Path(path))
+    try:
+        # Through JSON, where a list is how a tuple is written, so that strict types need no exceptions.
+        text = json.dumps(content)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{path}: expected only mappings, lists, text, numbers, true, false and null: {error}") from error
+    try:
+        return Recipe.model_validate_json(text)
+    except ValidationError as error:
+        raise RecipeError(f"{path}: {_first(error)}") from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a subclass of yaml.SafeLoader
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot read the recipe: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: expected UTF-8 text: {error.reason} at byte {error.start}") from error
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise RecipeError(f"{path}{line}: {error.problem}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{path}: expected YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path}: expected a mapping with model, data, output and stages, found {type(content).__name__}")
+    return content
+
+
+def _first(error: ValidationError) -> str:
+    details = error.errors(include_url=False)
+    first = details[0]
+    key = ".".join(str(part) for part in first["loc"]) or "the recipe"
+    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        return f"{key}: expected no such key{more}"
+    if first["type"] == "missing":
+        return f"{key}: expected a value, found none{more}"
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    message = message if message.startswith("expected") else f"expected {message}"
+    found = "" if "found" in message else f", found {_short(first['input'])}"
+    return f"{key}: {message}{found}{more}"
+
+
+def _short(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice and, as YAML 1.2 does, reads `1e-3` as a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"expected a key that is text, found {key!r}", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"found the key {key!r} twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))

@@ -1,0 +1,173 @@
+"""The record of a run: what ran, on what, and what came out. Model cards are made from it; a rerun continues from it."""
+
+import importlib.metadata
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, JsonValue, ValidationError
+
+from .errors import RecipeError
+from .training.checkpoint import write_atomic
+from .training.config import Config
+
+RECORD_NAME = "results.json"
+
+
+class Entry(Config):
+    """Base of what a record holds. Measured numbers need not be finite: an epoch's test loss may well overflow."""
+
+    model_config = ConfigDict(allow_inf_nan=True, ser_json_inf_nan="constants")
+
+
+class EpochRecord(Entry):
+    """One epoch; see `zoo_compress.training.loop.Epoch`."""
+
+    train_loss: float
+    lr: float
+    loss: float
+    top1: float
+    top5: float
+    seconds: float
+
+
+class StepRecord(Entry):
+    """One finished step of a run.
+
+    Attributes:
+        name: name of the step, numbered.
+        kind: `create`, `train`, `prune`, `finetune`, `evaluate`, `save` or `report`.
+        checkpoint: folder of the model it made, below the output folder; None if it made none.
+        metrics: what it found out. Accuracies are in percent, latencies in ms.
+        epochs: for training.
+        seconds: wall time, over all processes that worked on it one after another.
+    """
+
+    name: str
+    kind: str
+    checkpoint: str | None = None
+    metrics: dict[str, JsonValue] = Field(default_factory=dict)
+    epochs: tuple[EpochRecord, ...] = ()
+    seconds: float
+
+
+class Row(Entry):
+    """One model in the table.
+
+    Attributes:
+        label: which one.
+        params: number of parameters.
+        macs: multiply-accumulates of one image.
+        top1: top-1 accuracy on the test images, in percent.
+        latency_ms: median milliseconds of one forward pass on CPU.
+        latency_iqr_ms: distance between the quartiles.
+        batch_size: images in that pass.
+        threads: CPU threads it used.
+    """
+
+    label: str
+    params: int
+    macs: int
+    top1: float
+    latency_ms: float
+    latency_iqr_ms: float
+    batch_size: int
+    threads: int
+
+
+class Record(Entry):
+    """Everything about one run, as `results.json` holds it."""
+
+    format: Literal[1] = 1
+    status: Literal["running", "finished"] = "running"
+    recipe: dict[str, JsonValue]
+    recipe_sha256: str
+    seed: int
+    world_size: int
+    versions: dict[str, str]
+    machine: dict[str, JsonValue]
+    started: str
+    steps: tuple[StepRecord, ...] = ()
+    table: tuple[Row, ...] = ()
+
+    def step(self, name: str) -> StepRecord:
+        """The finished step of that name."""
+        return next(step for step in self.steps if step.name == name)
+
+    @property
+    def latest_checkpoint(self) -> str:
+        """Folder of the newest model, below the output folder."""
+        return next(step.checkpoint for step in reversed(self.steps) if step.checkpoint)
+
+    def extended(self, step: StepRecord, **changes: Any) -> "Record":
+        """This record with one more step."""
+        return self.model_copy(update={"steps": (*self.steps, step), **changes})
+
+
+def read_record(output: Path) -> Record | None:
+    """The record in an output folder, or None if there is none.
+
+    Raises:
+        RecipeError: the file is not a record that this version reads.
+    """
+    path = output / RECORD_NAME
+    try:
+        return Record.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot read the record: {error.strerror}") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "its content"
+        reason = f"{where}: {first['msg']}"
+        raise RecipeError(f"{path}: expected the record of a run, found another file ({reason}); choose another output") from error
+
+
+def write_record(output: Path, record: Record) -> None:
+    """Write or replace the record in an output folder, atomically."""
+    write_atomic(output / RECORD_NAME, record.model_dump_json(indent=1).encode() + b"\n")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a run's numbers."""
+    found = {"python": platform.python_version()}
+    for package in ("zoo_compress", "torch", "timm", "torchvision", "torch-pruning", "numpy"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def machine(threads: int, device: str) -> dict[str, JsonValue]:
+    """What the run runs on, for reading latencies later."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        processor = names[0] if names else processor
+    return {"system": platform.system(), "processor": processor, "threads": threads, "device": device}
+
+
+def format_table(rows: Sequence[Row]) -> str:
+    """The table for people: one line a model, columns aligned."""
+    if not rows:
+        return "(no model measured)"
+    first = rows[0]
+    latency = f"CPU latency, ms (median ± half IQR; batch {first.batch_size}, {first.threads} thread{'s' * (first.threads > 1)})"
+    lines = [["", "parameters", "MACs", "top-1", latency]]
+    for row in rows:
+        share = f" ({row.macs / first.macs:.1%})" if row is not first else ""
+        lines.append(
+            [
+                row.label,
+                f"{row.params:,}",
+                f"{row.macs:,}{share}",
+                f"{row.top1:.2f}%",
+                f"{row.latency_ms:.2f} ± {row.latency_iqr_ms / 2:.2f}",
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)

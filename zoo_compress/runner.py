@@ -1,0 +1,361 @@
+"""Running a recipe: every step reads the model the last one saved and saves its own, so stopping between or within steps changes nothing.
+
+A step is done when the record names it. What was in the making when a run was killed is made again; training goes on after its last epoch.
+"""
+
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import parse_model_name
+from torch import nn
+from tqdm import tqdm
+
+import zoo_compress as zc
+
+from .errors import CompressError, RecipeError
+from .plan import PruneRound, Step, budget_of_round, make_plan, milestones, unpruned
+from .recipe import Recipe, SaveStage, load_recipe
+from .record import RECORD_NAME, EpochRecord, Record, Row, StepRecord, machine, read_record, versions, write_record
+from .training.config import FinetuneConfig, TrainConfig
+from .training.data import calibration_batches, check_fits, eval_loader, train_loader
+from .training.distributed import Processes, init_processes
+from .training.loop import Phase, evaluate, fit, reseed
+from .training.measure import measure_many
+from .training.sources import Source, default_pretrained_cfg, open_source
+
+STEPS_FOLDER = "steps"
+STATE_NAME = "training.safetensors"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a step hands back: a new model or None, and its part of the record."""
+
+    model: nn.Module | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+    epochs: tuple[EpochRecord, ...] = ()
+    table: tuple[Row, ...] = ()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run in progress, as every step sees it.
+
+    Attributes:
+        recipe: what to do.
+        plan: the same as steps.
+        output: where to write.
+        processes: who does it.
+        source: the images.
+        record: what is done already.
+        log: takes one line for people.
+    """
+
+    recipe: Recipe
+    plan: tuple[Step, ...]
+    output: Path
+    processes: Processes
+    source: Source
+    record: Record
+    log: Callable[[str], None]
+
+    def folder(self, step: Step | StepRecord) -> Path:
+        """Folder of the model a step makes."""
+        return self.output / STEPS_FOLDER / step.name
+
+    def latest(self) -> Path:
+        """Folder of the newest model."""
+        return self.output / self.record.latest_checkpoint
+
+
+def run(path: str | Path, *, fresh: bool = False, log: Callable[[str], None] | None = None) -> Record:
+    """Run a recipe, or what is left of it.
+
+    Args:
+        path: the recipe.
+        fresh: start over, whatever an earlier run left in the output folder.
+        log: takes lines about progress; None writes them to standard error, between progress bars.
+
+    Returns:
+        The record. If an earlier run had finished, its record, and nothing runs.
+
+    Raises:
+        RecipeError: the recipe, or an earlier run in its output folder, does not admit a start; nothing was written.
+        CompressError: a step failed.
+    """
+    recipe = load_recipe(path)
+    output = Path(recipe.output).expanduser()
+    report = log or (lambda line: tqdm.write(line, file=sys.stderr))
+    with init_processes(recipe.device) as processes, _deterministic():
+        log = report if processes.primary else lambda _: None
+        record = None if fresh else _earlier(path, recipe, output, processes)
+        if record and record.status == "finished":
+            log(f"{path}: finished earlier, in {output}; nothing was trained. --fresh starts over.")
+            return record
+        model = zc.load(output / record.latest_checkpoint) if record else _create(recipe)
+        source = _open(recipe, model, processes)
+        if record is None:
+            record = Record(
+                recipe=recipe.model_dump(mode="json"),
+                recipe_sha256=recipe.sha256,
+                seed=recipe.seed,
+                world_size=processes.world_size,
+                versions=versions(),
+                machine=machine(torch.get_num_threads(), str(processes.device)),
+                started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            )
+        else:
+            log(f"{path}: going on after {record.steps[-1].name}")
+        state = Run(recipe, make_plan(recipe), output, processes, source, record, log)
+        # All processes have read the old state here, and none has written.
+        processes.barrier()
+        with _locked(output, processes):
+            if processes.primary and not record.steps:
+                _clear(output)
+            for step in state.plan[len(record.steps) :]:
+                state = replace(state, record=_do(state, step))
+    return state.record
+
+
+def _earlier(path: str | Path, recipe: Recipe, output: Path, processes: Processes) -> Record | None:
+    """The record to go on from, if it is of this very run."""
+    record = read_record(output)
+    if record is None:
+        return None
+    if record.recipe_sha256 != recipe.sha256:
+        raise RecipeError(
+            f"{path}: expected the recipe of the run in {output}, found a changed one; use --fresh to start over, or another output"
+        )
+    if record.status == "running" and record.world_size != processes.world_size:
+        raise RecipeError(
+            f"{path}: expected to go on with {record.world_size} processes, found {processes.world_size}; use --fresh to start over"
+        )
+    return record if record.steps else None
+
+
+def _create(recipe: Recipe) -> nn.Module:
+    """The model a recipe starts from, initialised from the recipe's seed."""
+    wanted = recipe.model
+    from_scratch = not wanted.pretrained and parse_model_name(wanted.name)[0] is None
+    in_chans = wanted.args.get("in_chans", 3)
+    defaults = default_pretrained_cfg(recipe.data.source, in_chans) if from_scratch and isinstance(in_chans, int) else {}
+    overlay = {**defaults, **wanted.pretrained_cfg.model_dump(exclude_none=True)}
+    args: dict[str, Any] = {"pretrained": wanted.pretrained, "pretrained_cfg_overlay": overlay, **wanted.args}
+    reseed(recipe.seed, 0, 0)
+    try:
+        return timm.create_model(wanted.name, **args)
+    except CompressError:
+        raise
+    # Whatever an architecture raises for arguments it cannot use, the recipe is what has to change.
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise RecipeError(f"model: timm cannot create {wanted.name!r} with {wanted.args}: {type(error).__name__}: {reason}") from error
+
+
+def _open(recipe: Recipe, model: nn.Module, processes: Processes) -> Source:
+    """The images, known to fit the model and to fill a batch."""
+    with processes.primary_first():
+        source = open_source(recipe.data, getattr(model, "in_chans", 3))
+    check_fits(source, model)
+    train_loader(source, recipe.data, model, processes)
+    return source
+
+
+def _do(run: Run, step: Step) -> Record:
+    """Do one step, save its model, and only then add it to the record."""
+    run.log(f"[{step.index + 1}/{len(run.plan)}] {step.label}")
+    start = time.perf_counter()
+    result = _ACTIONS[step.kind](run, step)
+    made = f"{STEPS_FOLDER}/{step.name}" if step.makes_model else None
+    if result.model is not None and run.processes.primary:
+        _save(result.model, run.folder(step))
+    seconds = sum(epoch.seconds for epoch in result.epochs) or time.perf_counter() - start
+    done = StepRecord(name=step.name, kind=step.kind, checkpoint=made, metrics=result.metrics, epochs=result.epochs, seconds=seconds)
+    status = "finished" if step is run.plan[-1] else "running"
+    record = run.record.extended(done, status=status, table=result.table)
+    if run.processes.primary:
+        write_record(run.output, record)
+        _tidy(run, step)
+        if record.status == "finished":
+            (run.output / STATE_NAME).unlink(missing_ok=True)
+    run.processes.barrier()
+    return record
+
+
+def _create_step(run: Run, step: Step) -> Result:
+    return Result(_create(run.recipe))
+
+
+def _fit_step(run: Run, step: Step) -> Result:
+    config = step.action
+    assert isinstance(config, TrainConfig)
+    model, data = zc.load(run.latest()), run.recipe.data
+    teacher = None
+    if isinstance(config, FinetuneConfig) and config.distill and (dense := unpruned(run.plan)):
+        teacher = zc.load(run.folder(dense))
+    history = fit(
+        model,
+        train_loader(run.source, data, model, run.processes),
+        eval_loader(run.source, data, model, run.processes),
+        config,
+        phase=Phase(step.label, step.index, run.recipe.seed, run.record.recipe_sha256),
+        teacher=teacher,
+        processes=run.processes,
+        state=run.output / STATE_NAME,
+        log=run.log,
+    )
+    last = history[-1]
+    epochs = tuple(EpochRecord(**asdict(epoch)) for epoch in history)
+    return Result(model.cpu(), {"loss": last.loss, "top1": last.top1, "top5": last.top5}, epochs)
+
+
+def _prune_step(run: Run, step: Step) -> Result:
+    action = step.action
+    assert isinstance(action, PruneRound)
+    if not run.processes.primary:
+        return Result()
+    stage, model = action.stage, zc.load(run.latest())
+    before = zc.analyze(model)
+    size = {"macs": before.macs(), "params": before.num_params(), "keep": 1}
+    base: Any = size if action.first == step.name else run.record.step(action.first).metrics["before"]
+    seed = reseed(run.recipe.seed, step.index, 0)
+    small = zc.prune(
+        model,
+        **budget_of_round(action, base[stage.budget[0]]),
+        criterion=stage.criterion,
+        scope=stage.scope,
+        round_to=stage.round_to,
+        min_keep=stage.min_keep,
+        exclude=stage.exclude,
+        data=calibration_batches(run.source, run.recipe.data, model, stage.calibration_batches),
+        layout=before,
+        seed=seed,
+    )
+    after = zc.analyze(small)
+    metrics = {"before": size, "after": {"macs": after.macs(), "params": after.num_params()}}
+    run.log(f"{step.label}: MACs {before.macs():,} → {after.macs():,}, parameters {before.num_params():,} → {after.num_params():,}")
+    return Result(small, metrics)
+
+
+def _evaluate_step(run: Run, step: Step) -> Result:
+    metrics = _evaluated(run, zc.load(run.latest()), step.label)
+    run.log(f"{step.label}: test loss {metrics['loss']:.4f}, top-1 {metrics['top1']:.2f}%")
+    return Result(metrics=metrics)
+
+
+def _save_step(run: Run, step: Step) -> Result:
+    assert isinstance(step.action, SaveStage)
+    folder = run.output / step.action.to
+    if run.processes.primary:
+        _save(zc.load(run.latest()), folder)
+        run.log(f"{step.label}: {folder}")
+    return Result(metrics={"to": step.action.to, "of": run.latest().name})
+
+
+def _report_step(run: Run, step: Step) -> Result:
+    """Evaluate and measure the models of the table, and the saved one as a user would load it."""
+    models = {label: zc.load(run.folder(made)) for label, made in milestones(run.plan).items()}
+    saves = [done for done in run.record.steps if done.kind == "save"]
+    if saves:
+        models["reloaded"] = timm.create_model(f"local-dir:{run.output / str(saves[-1].metrics['to'])}", pretrained=True)
+    top1 = {label: _evaluated(run, model, label)["top1"] for label, model in models.items()}
+    if saves:
+        # Training has noted the accuracy of the model it held in memory: an independent witness of what went through the files.
+        saved = run.record.step(str(saves[-1].metrics["of"]))
+        if "top1" in saved.metrics and saved.metrics["top1"] != top1["reloaded"]:
+            raise CompressError(
+                f"{run.output / str(saves[-1].metrics['to'])}: expected top-1 of {saved.metrics['top1']}% as after {saved.name}, "
+                f"found {top1['reloaded']}% after reloading"
+            )
+    if not run.processes.primary:
+        return Result()
+    config = run.recipe.measure
+    costs = measure_many({label: model.cpu() for label, model in models.items()}, config.batch_size, config.threads, runs=config.runs)
+    rows = tuple(Row(label=label, top1=top1[label], **asdict(cost)) for label, cost in costs.items())
+    return Result(table=rows)
+
+
+_ACTIONS: dict[str, Callable[[Run, Step], Result]] = {
+    "create": _create_step,
+    "train": _fit_step,
+    "finetune": _fit_step,
+    "prune": _prune_step,
+    "evaluate": _evaluate_step,
+    "save": _save_step,
+    "report": _report_step,
+}
+
+
+def _evaluated(run: Run, model: nn.Module, label: str) -> dict[str, float]:
+    loader = eval_loader(run.source, run.recipe.data, model, run.processes)
+    return evaluate(model.to(run.processes.device), loader, run.processes, f"{label} test")
+
+
+def _save(model: nn.Module, folder: Path) -> None:
+    """Save a model as a whole folder or not at all, and make sure that it comes back as it went."""
+    temporary, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("tmp", "old"))
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    zc.save(model, temporary)
+    images = torch.randn(2, *timm.data.resolve_model_data_config(model)["input_size"], generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        if not torch.equal(model.eval()(images), zc.load(temporary).eval()(images)):
+            raise CompressError(f"{folder}: expected a saved model with the outputs of the one in memory, found other outputs")
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _tidy(run: Run, step: Step) -> None:
+    """Remove models that nothing needs any more: neither the next step, nor a teacher, nor the table."""
+    if not step.makes_model:
+        return
+    needed = {made.name for made in milestones(run.plan).values()} | {step.name}
+    for done in run.record.steps:
+        if done.checkpoint and done.name not in needed:
+            shutil.rmtree(run.folder(done), ignore_errors=True)
+
+
+def _clear(output: Path) -> None:
+    """Remove what an earlier run left, and nothing else that may lie in the folder."""
+    shutil.rmtree(output / STEPS_FOLDER, ignore_errors=True)
+    for name in (RECORD_NAME, STATE_NAME):
+        (output / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(output: Path, processes: Processes) -> Iterator[None]:
+    """Keep other runs out of the folder. The system lets go of the lock however the process ends."""
+    if not processes.primary or sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    output.mkdir(parents=True, exist_ok=True)
+    with open(output / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RecipeError(f"{output}: expected no other run in this folder, found one at work") from error
+        yield
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn)
