@@ -35,3 +35,9 @@ def test_main_road(name, tmp_path):
     again = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).eval()
     with torch.no_grad():
         assert torch.equal(again(image), small(image))
+
+    backbone = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True, features_only=True).eval()
+    with torch.no_grad():
+        features = backbone(image)
+    channels_last = backbone.output_fmt == "NHWC" if hasattr(backbone, "output_fmt") else False
+    assert [f.shape[-1 if channels_last else 1] for f in features] == backbone.feature_info.channels()

@@ -59,32 +59,54 @@ class Spy:
                 return out
 
             vars(model)["forward_features"] = forward_features
-        for _, info in _feature_info(model):
+        for info in _feature_info(model):
             module = dict(model.named_modules()).get(info.get("module", ""))
             if module is not None:
                 self.handles.append(module.register_forward_hook(self._tap(info["module"])))
 
     def _tap(self, path: str) -> Any:
         def hook(module: nn.Module, args: Any, out: Any) -> None:
-            if isinstance(out, torch.Tensor):
-                self.taps[path] = self.tracer.dims(out)
+            first = out[0] if isinstance(out, (tuple, list)) and out else out
+            if isinstance(first, torch.Tensor):
+                self.taps[path] = self.tracer.dims(first)
 
         return hook
 
-    def finish(self, dims: dict[str, list[Term]]) -> None:
-        """Tie what was seen to the attributes that describe it."""
+    def finish(self, dims: dict[str, list[Term]], image: torch.Tensor) -> None:
+        """Tie what was seen to the attributes that describe it.
+
+        Args:
+            dims: Parameter or buffer name → one term per dimension.
+            image: The input of the run, for models whose features have to be asked for.
+        """
         for handle in self.handles:
             handle.remove()
         vars(self.model).pop("forward_features", None)
         self.tracer.operation = "metadata"
         self._describe("num_features", self.features)
-        for i, info in _feature_info(self.model):
-            term = _channel(self.taps.get(info.get("module", ""), []), info.get("num_chs", 0))
+        for i, term in enumerate(self._feature_channels(image)):
             if term is not None:
                 path = f"feature_info[{i}].num_chs"
-                self.attributes[path] = Variable(int(info["num_chs"]), attribute=path)
+                self.attributes[path] = Variable(u.size_of(term), attribute=path)
                 self.attributes[path].bound = term
         self._reset_classifier(dims)
+
+    def _feature_channels(self, image: torch.Tensor) -> list[Term | None]:
+        """The channel dimension of each entry of `feature_info`: of the module it names, else of what `forward_intermediates` gives."""
+        entries = _feature_info(self.model)
+        found = [_channel(self.taps.get(info.get("module", ""), []), info.get("num_chs", 0)) for info in entries]
+        ask: Any = getattr(self.model, "forward_intermediates", None)
+        if None not in found or not callable(ask):
+            return found
+        with self.tracer.uncounted():
+            try:
+                features = ask(image, intermediates_only=True)
+            except (TypeError, RuntimeError, AttributeError, AssertionError, ValueError, NotImplementedError, IndexError):
+                return found
+        if len(features) != len(entries):
+            return found
+        asked = [_channel(self.tracer.dims(f), e.get("num_chs", 0)) for f, e in zip(features, entries, strict=True) if torch.is_tensor(f)]
+        return asked if len(asked) == len(entries) else found
 
     def _describe(self, name: str, terms: list[Term]) -> None:
         size = vars(self.model).get(name)
@@ -145,10 +167,10 @@ def _standard(path: str, module: nn.Module, dims: dict[str, list[Term]], attribu
         yield from zip(("num_embeddings", "embedding_dim"), weight, strict=True)
 
 
-def _feature_info(model: nn.Module) -> list[tuple[int, dict[str, Any]]]:
+def _feature_info(model: nn.Module) -> list[dict[str, Any]]:
     info = getattr(model, "feature_info", None)
     entries = getattr(info, "info", info)
-    return [(i, e) for i, e in enumerate(entries) if isinstance(e, dict)] if isinstance(entries, (list, tuple)) else []
+    return list(entries) if isinstance(entries, (list, tuple)) and all(isinstance(e, dict) for e in entries) else []
 
 
 def _channel(terms: list[Term], size: int) -> Term | None:

@@ -94,7 +94,7 @@ def _analyze(model: nn.Module, example: torch.Tensor, device: str) -> Layout:
         spy = metadata.Spy(tracer, clone, attributes)
         output = clone(image)
         after = dict(named_tensors(clone))
-        spy.finish(dims)
+        spy.finish(dims, image)
     for leaf in tree_leaves(output):
         if isinstance(leaf, torch.Tensor):
             for term in tracer.dims(leaf):

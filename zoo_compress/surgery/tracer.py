@@ -87,6 +87,16 @@ class Tracer:
         finally:
             self.quiet = before
 
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Within, operations follow their rules but cost nothing: they are not part of the model's forward pass."""
+        kept = len(self.costs), len(self.fused_costs), self.unknown.copy()
+        try:
+            yield
+        finally:
+            del self.costs[kept[0] :], self.fused_costs[kept[1] :]
+            self.unknown = kept[2]
+
     def unify(self, a: Term, b: Term) -> None:
         """Two dimensions hold the same elements."""
         u.unify(a, b, f"{self.where} with a fixed size of {u.size_of(a)}" if _fixed(a) or _fixed(b) else self.where)
