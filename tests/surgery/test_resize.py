@@ -96,6 +96,35 @@ def test_tied_parameters_stay_tied():
     assert small(torch.randn(2, 6)).shape == (2, 2)
 
 
+class Biased(nn.Module):
+    """A buffer along the channels that is not saved, and one over positions that is computed from them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        self.register_buffer("shift", torch.zeros(8), persistent=False)
+        self.register_buffer("table", torch.arange(20.0).reshape(5, 4), persistent=False)
+        self.mix = nn.Linear(4, 8)
+        self.last = nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.last((self.first(x) + self.shift) * self.mix(self.table)[2])
+
+
+def test_buffers_that_are_not_saved():
+    """Which part of such a buffer a resized model keeps only its values tell: they are saved, or the axis stays."""
+    model, example = Biased(), torch.zeros(2, 6)
+    model.shift.copy_(torch.arange(8.0))
+    layout = zc.analyze(model, example)
+    (axis,) = layout.params["shift"]
+    assert layout.axes[axis].frozen is None
+    assert "not saved" in layout.axes[layout.params["mix.weight"][1]].frozen
+    small = zc.resize(model, layout, {axis: [1, 5]})
+    assert torch.equal(small.state_dict()["shift"], torch.tensor([1.0, 5.0]))
+    assert "table" not in small.state_dict()
+    assert "shift" not in model.state_dict()
+
+
 @pytest.mark.parametrize(
     ("widths", "message"),
     [

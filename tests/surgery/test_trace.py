@@ -100,6 +100,49 @@ class Padded(nn.Module):
         return self.conv(x) + F.pad(x, (0, 0, 0, 0, 0, 8))
 
 
+class Scaled(nn.Module):
+    """Squeeze and excitation, expanded by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Conv2d(16, 16, 1)
+
+    def forward(self, x):
+        return x * self.fc(x.mean((2, 3), keepdim=True)).sigmoid().expand_as(x)
+
+
+class Repeated(nn.Module):
+    """Copies of channels, whose number is a plain argument: it may not change."""
+
+    def __init__(self, interleave):
+        super().__init__()
+        self.interleave = interleave
+        self.conv = nn.Conv2d(48, 16, 1)
+
+    def forward(self, x):
+        return self.conv(x.repeat_interleave(3, dim=1) if self.interleave else torch.tile(x, (1, 3, 1, 1)))
+
+
+class Copies(nn.Module):
+    """Copies of channels, whose number is an attribute: it may change."""
+
+    def __init__(self):
+        super().__init__()
+        self.copies = 3
+        self.conv = nn.Conv2d(48, 16, 1)
+
+    def forward(self, x):
+        return self.conv(x.repeat(1, self.copies, 1, 1))
+
+
+class Standardised(nn.Conv2d):
+    """A convolution whose weight is normalised first, as one image of its channels."""
+
+    def forward(self, x):
+        weight = F.batch_norm(self.weight.reshape(1, self.out_channels, -1), None, None, training=True).reshape_as(self.weight)
+        return F.conv2d(x, weight, self.bias)
+
+
 class Positions(nn.Module):
     def __init__(self):
         super().__init__()
@@ -130,6 +173,11 @@ BODIES = {
     "pixel shuffle": (lambda: nn.Sequential(nn.Conv2d(16, 24, 1), nn.PixelShuffle(2)), 6, 2),
     "pixel unshuffle": (lambda: nn.PixelUnshuffle(2), 64, 1),
     "unfold": (lambda: nn.Sequential(nn.Unfold(2, stride=2), nn.Unflatten(2, (4, 4))), 64, 1),
+    "scaled": (Scaled, None, 1),
+    "repeated": (lambda: Repeated(False), None, 2),
+    "repeated one by one": (lambda: Repeated(True), None, 2),
+    "copies": (Copies, None, 3),
+    "standardised weights": (lambda: Standardised(16, 24, 1), 24, 2),
     "prelu": (lambda: nn.PReLU(16), None, 1),
     "batch norm in train mode's statistics": (lambda: nn.BatchNorm2d(16, track_running_stats=False), None, 1),
 }

@@ -25,10 +25,11 @@ class Variable:
         ordered: Whether neighbours along it matter, so that it can be pruned but not permuted.
         hint: First letter of the name it will get.
         piece: Whether it was split off another axis; a piece that the code writes as a plain number becomes that number.
+        uniform: Whether all elements along it are alike (copies, zeros), so that it may become whatever it meets.
         attribute: `module.path.attr` where the variable stands for the value of a module's attribute.
     """
 
-    __slots__ = ("attribute", "bound", "frozen", "hint", "ordered", "piece", "serial", "size")
+    __slots__ = ("attribute", "bound", "frozen", "hint", "ordered", "piece", "serial", "size", "uniform")
 
     def __init__(self, size: int, *, hint: str = "", piece: bool = False, attribute: str | None = None) -> None:
         self.size = size
@@ -38,6 +39,7 @@ class Variable:
         self.bound: Term | None = None
         self.frozen: str | None = None
         self.ordered = False
+        self.uniform = False
         self.serial = next(_serial)
 
     def __repr__(self) -> str:
@@ -89,6 +91,11 @@ def freeze(term: Term, reason: str) -> None:
     for variable in variables(term):
         if variable.frozen is None:
             variable.frozen = reason
+
+
+def is_free(term: Term) -> bool:
+    """Whether some axis of the term may change."""
+    return any(variable.frozen is None for variable in variables(term))
 
 
 def order(term: Term) -> None:
@@ -143,6 +150,8 @@ def _bind(variable: Variable, term: Term, reason: str) -> None:
         freeze(variable, reason)
         return
     if isinstance(term, Variable):
+        if term.uniform and not variable.uniform:
+            variable, term = term, variable
         term.piece = term.piece and variable.piece
         term.hint = term.hint or variable.hint
     if variable.frozen is not None:

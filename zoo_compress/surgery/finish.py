@@ -57,7 +57,7 @@ def _settle_links(tracer: Tracer, dims: dict[str, list[Term]]) -> None:
         met, tracer.links = tracer.links, []
         for link in met:
             tracer.link(*link)
-        tracer.links = [link for link in tracer.links if any(_changes(side) for side in link)]
+        tracer.links = [link for link in tracer.links if any(map(u.is_free, link))]
         for link in tracer.links:
             for side in link:
                 for variable in u.variables(side):
@@ -70,10 +70,6 @@ def _settle_links(tracer: Tracer, dims: dict[str, list[Term]]) -> None:
             return
         for name in held:
             u.freeze(free[name], "its size is tied to another that cannot follow")
-
-
-def _changes(term: Term) -> bool:
-    return any(v.frozen is None for v in u.variables(term))
 
 
 def _give_hint(variable: Variable) -> None:

@@ -78,6 +78,20 @@ def _expand(t: Tracer, function: Any, tensor: torch.Tensor, *sizes: Any) -> torc
     return out
 
 
+@handles(torch.Tensor.expand_as)
+def _expand_as(t: Tracer, function: Any, tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    return _expand(t, lambda x, *_: function(x, other), tensor, *_shape(t, lambda x: x.shape, other))
+
+
+@handles(torch.Tensor.view_as, torch.Tensor.reshape_as)
+def _view_as(t: Tracer, function: Any, tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    with t.sizes_known():
+        out = function(tensor, other)
+    for term, same in zip(t.dims(out), t.dims(other), strict=True):
+        t.link(term, same)
+    return out
+
+
 @handles(torch.Tensor.repeat, torch.tile, torch.Tensor.tile)
 def _repeat(t: Tracer, function: Any, tensor: torch.Tensor, *sizes: Any) -> torch.Tensor:
     repeats = [1] * (tensor.ndim - len(_flat(sizes))) + _flat(sizes)

@@ -84,6 +84,7 @@ def _analyze(model: nn.Module, example: torch.Tensor, device: str) -> Layout:
     dims: dict[str, list[Term]] = {name: [Variable(n) if n > 1 else 1 for n in tensor.shape] for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         tracer.set(tensor, dims[name])
+    saved = clone.state_dict().keys()
     attributes = metadata.tag_attributes(clone)
     image = torch.empty(example.shape, dtype=example.dtype, device=device)
     if device != "meta":
@@ -107,6 +108,11 @@ def _analyze(model: nn.Module, example: torch.Tensor, device: str) -> Layout:
         elif id(tensor) not in tracer.seen:
             for term in dims[name]:
                 u.freeze(term, "not used when the model runs in eval mode")
+    for name in after.keys() - saved:
+        terms = [term for term in dims[name] if u.size_of(term) > 1]
+        if any(not u.is_free(term) for term in terms):
+            for term in terms:
+                u.freeze(term, "runs through a buffer that is computed for the input's size and not saved")
     return finish(model, tracer, dims, attributes, batch=int(example.shape[0]))
 
 
@@ -158,7 +164,12 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         handler = None if self.tracer.quiet else FUNCTIONS.get(func)
         self.tracer.operation = getattr(func, "__name__", str(func))
-        return func(*args, **(kwargs or {})) if handler is None else handler(self.tracer, func, *args, **(kwargs or {}))
+        if handler is not None:
+            return handler(self.tracer, func, *args, **(kwargs or {}))
+        born = len(self.tracer.born)
+        out = func(*args, **(kwargs or {}))
+        self.tracer.settle(born)
+        return out
 
 
 class _Operations(TorchDispatchMode):

@@ -27,6 +27,7 @@ class Tracer:
         mixed: Dimensions along which elements influence each other.
         unknown: Operations that no rule knew and that froze an axis.
         modules: Stack of (path, module) being run.
+        born: Uniform dimensions made so far.
         seen: Identities of the tensors that operations have met.
         groups: The number of groups of the latest grouped operation, for the function rule that knows where the number came from.
     """
@@ -43,6 +44,7 @@ class Tracer:
         self.groups: Term = 1
         self.seen: set[int] = set()
         self.quiet = False
+        self.born: list[Variable] = []
         self._sizes_known = False
 
     @property
@@ -101,6 +103,19 @@ class Tracer:
         """Two dimensions hold the same elements."""
         u.unify(a, b, f"{self.where} with a fixed size of {u.size_of(a)}" if _fixed(a) or _fixed(b) else self.where)
 
+    def uniform(self, size: int) -> Variable:
+        """A new dimension along which all elements are alike: it may become whatever it meets."""
+        variable = Variable(size, piece=True)
+        variable.uniform = True
+        self.born.append(variable)
+        return variable
+
+    def settle(self, before: int) -> None:
+        """A function whose sizes nobody accounts for has ended: dimensions it made up and did not match with others keep their size."""
+        for variable in self.born[before:]:
+            if variable.bound is None:
+                variable.bound = variable.size
+
     def regroup(self, terms: list[Term], sizes: Sequence[int]) -> list[Term]:
         """What `view` does to dimensions. Axes split by sizes of unknown origin are frozen."""
         return self._restructure(terms, lambda: u.regroup(terms, list(sizes), self.where))
@@ -158,7 +173,7 @@ class Tracer:
         for leaf in tree_leaves(values):
             if isinstance(leaf, torch.Tensor):
                 for term in self.dims(leaf):
-                    found |= any(v.frozen is None for v in u.variables(term))
+                    found |= u.is_free(term)
                     u.freeze(term, reason)
         return found
 

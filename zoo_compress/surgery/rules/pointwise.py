@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from ...structure.terms import Term
-from ...structure.unify import Variable
 from ..tracer import Tracer
 from .base import elementwise, rule
 
@@ -66,8 +65,7 @@ def _dropout(t: Tracer, out: Any, *, input: torch.Tensor, **_: Any) -> list[list
     costly=True,
 )
 def _uniform(t: Tracer, out: torch.Tensor, **_: Any) -> list[Term]:
-    # All elements are alike, so the dimensions may become whatever they meet.
-    return [Variable(int(n), piece=True) for n in out.shape]
+    return [t.uniform(int(n)) for n in out.shape]
 
 
 @rule("hardswish", "prelu", "_prelu_kernel", "masked_fill", "where", "floor_divide")

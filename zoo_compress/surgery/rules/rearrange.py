@@ -10,7 +10,6 @@ import torch
 
 from ...structure import unify as u
 from ...structure.terms import Term, concat, product
-from ...structure.unify import Variable
 from ..tracer import Tracer
 from .base import dims_of, keep_still, number, rule
 
@@ -56,15 +55,14 @@ def _squeeze(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, dim: int | Seq
 def _expand(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, **_: Any) -> list[Term]:
     terms = t.dims(self)
     terms = [1] * (out.ndim - len(terms)) + terms
-    # Copies along a new dimension are all alike, so it may become whatever it meets.
-    return [term if u.size_of(term) == n else Variable(int(n), piece=True) for term, n in zip(terms, out.shape, strict=True)]
+    return [term if u.size_of(term) == n else t.uniform(int(n)) for term, n in zip(terms, out.shape, strict=True)]
 
 
 @rule("repeat")
 def _repeat(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, repeats: Sequence[int], **_: Any) -> list[Term]:
     terms = t.dims(self)
     terms = [1] * (len(repeats) - len(terms)) + terms
-    return [product(Variable(int(r), piece=True), term) if r > 1 else term for r, term in zip(repeats, terms, strict=True)]
+    return [product(t.uniform(int(r)), term) if r > 1 else term for r, term in zip(repeats, terms, strict=True)]
 
 
 @rule("slice", "narrow")
@@ -154,8 +152,7 @@ def _pad(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, pad: Sequence[int]
             u.freeze(terms[d], f"{t.where} crops it")
             terms[d] = int(out.shape[d])
         else:
-            # What is padded is all alike, so it may become whatever it meets.
-            pieces = (Variable(n, piece=True) if n else 0 for n in (low, high))
+            pieces = (t.uniform(n) if n else 0 for n in (low, high))
             terms[d] = concat(next(pieces), terms[d], next(pieces))
     return terms
 
