@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from ..structure import unify as u
 from ..structure.terms import Term, concat
 from .rules import attention
+from .sizes import Size
 from .tracer import Tracer
 
 Handler = Callable[..., Any]
@@ -173,7 +174,7 @@ def _bounds(t: Tracer, term: Term, size: int, start: Any, stop: Any) -> None:
     if isinstance(u.resolve(term), int) or low >= high:
         return
     if (low, high) == (0, size):
-        if stop is not None and stop == size and not type(stop) is int:  # noqa: E714 - a Size knows where it came from
+        if isinstance(stop, Size) and stop == size:
             t.meet(stop, term)
         return
     with t.sizes_known():
