@@ -291,7 +291,7 @@ def _attention(
     with t.silenced():
         out = function(query, key, value, **named)
     t.operation = "attention"
-    t.set(out, attention(t, out, query, key, value, attn_mask))
+    t.set(out, attention(t, query, key, value, attn_mask))
     if scale is None and t.modules:
         width = t.dims(query)[-1]
         path, module = t.modules[-1]

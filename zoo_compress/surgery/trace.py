@@ -200,7 +200,7 @@ class _Operations(TorchDispatchMode):
             names = [a.name for a in func._schema.arguments]
             terms = rule(tracer, out, **dict(zip(names, args, strict=False)), **kwargs)
         elif torch.Tag.pointwise in func.tags and isinstance(out, torch.Tensor):
-            terms = elementwise(tracer, tensors, out)
+            terms = elementwise(tracer, tensors)
         else:
             if tracer.freeze_all(tensors, f"{tracer.where} has no rule"):
                 tracer.unknown[f"aten.{name}"] += 1

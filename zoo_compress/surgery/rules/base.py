@@ -29,17 +29,21 @@ def rule(*names: str, costly: bool = False) -> Callable[[Rule], Rule]:
     return register
 
 
-def elementwise(t: Tracer, operands: Sequence[torch.Tensor], out: torch.Tensor) -> list[Term]:
-    """Pointwise operation with broadcasting: dimensions aligned from the right hold the same elements."""
-    terms: list[Term] = [1] * out.ndim
-    for operand in operands:
-        for i, term in enumerate(reversed(t.dims(operand)), start=1):
-            if u.size_of(term) != 1 and i <= out.ndim:
-                if u.size_of(terms[-i]) == 1:
-                    terms[-i] = term
-                else:
-                    t.unify(terms[-i], term)
+def broadcast(t: Tracer, rows: Sequence[Sequence[Term]]) -> list[Term]:
+    """Broadcasting: dimensions aligned from the right hold the same elements, or have one."""
+    terms: list[Term] = [1] * max(map(len, rows), default=0)
+    for row in rows:
+        for i, term in enumerate(reversed(row), start=1):
+            if u.size_of(terms[-i]) == 1:
+                terms[-i] = term
+            elif u.size_of(term) != 1:
+                t.unify(terms[-i], term)
     return terms
+
+
+def elementwise(t: Tracer, operands: Sequence[torch.Tensor]) -> list[Term]:
+    """Elementwise operation with broadcasting."""
+    return broadcast(t, [t.dims(operand) for operand in operands])
 
 
 def number(term: Term) -> Term:

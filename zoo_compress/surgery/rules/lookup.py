@@ -22,8 +22,7 @@ def _index(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, indices: Sequenc
         return [int(n) for n in out.shape]
     for d, _index in used:
         u.freeze(terms[d], f"{t.where} looks it up by position")
-    places = torch.empty(torch.broadcast_shapes(*(index.shape for _, index in used)), device="meta")
-    found = elementwise(t, [index for _, index in used], places)
+    found = elementwise(t, [index for _, index in used])
     chosen = {d for d, _ in used}
     rest = [term for d, term in enumerate(terms) if d not in chosen]
     adjacent = max(chosen) - min(chosen) + 1 == len(chosen)

@@ -41,7 +41,7 @@ def _same(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, **_: Any) -> list
 
 @rule("copy_", "copy")
 def _copy(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, src: torch.Tensor, **_: Any) -> list[Term]:
-    return elementwise(t, (self, src), out)
+    return elementwise(t, (self, src))
 
 
 @rule("native_dropout")
@@ -71,7 +71,7 @@ def _uniform(t: Tracer, out: torch.Tensor, **_: Any) -> list[Term]:
 @rule("hardswish", "prelu", "_prelu_kernel", "masked_fill", "where", "floor_divide")
 def _elementwise(t: Tracer, out: torch.Tensor, **named: Any) -> list[Term]:
     # Elementwise operations that do not carry torch's tag for it.
-    return elementwise(t, [value for value in named.values() if isinstance(value, torch.Tensor)], out)
+    return elementwise(t, [value for value in named.values() if isinstance(value, torch.Tensor)])
 
 
 @rule("glu")

@@ -10,7 +10,7 @@ from ...structure import unify as u
 from ...structure.terms import Term, product
 from ...structure.unify import Variable
 from ..tracer import Tracer
-from .base import elementwise, number, rule
+from .base import broadcast, elementwise, number, rule
 
 
 @rule("mm", costly=True)
@@ -26,13 +26,13 @@ def _bmm(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, mat2: torch.Tensor
 @rule("addmm", "_addmm_activation", costly=True)
 def _addmm(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, mat1: torch.Tensor, mat2: torch.Tensor, **_: Any) -> list[Term]:
     t.set(out, _matmul(t, mat1, mat2))
-    return elementwise(t, (out, self), out)
+    return elementwise(t, (out, self))
 
 
 @rule("baddbmm", costly=True)
 def _baddbmm(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, batch1: torch.Tensor, batch2: torch.Tensor, **_: Any) -> list[Term]:
     t.set(out, _matmul(t, batch1, batch2))
-    return elementwise(t, (out, self), out)
+    return elementwise(t, (out, self))
 
 
 @rule("mv", "dot", costly=True)
@@ -55,9 +55,7 @@ def _matmul(t: Tracer, a: torch.Tensor, b: torch.Tensor) -> list[Term]:
     return [*batch, rows, columns]
 
 
-def attention(
-    t: Tracer, out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
-) -> list[Term]:
+def attention(t: Tracer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> list[Term]:
     """softmax(q kᵀ + mask) v over (…, tokens, head width), batch dimensions broadcast."""
     *batch_q, rows, width = t.dims(query)
     *batch_k, columns, width_k = t.dims(key)
@@ -65,16 +63,9 @@ def attention(
     t.unify(width, width_k)
     t.unify(columns, columns_v)
     t.mixed += [width, columns]
-    scores = torch.empty(out.shape[:-1] + key.shape[-2:-1], device="meta")
-    parts = []
-    for batch in (batch_q, batch_k, batch_v):
-        part = torch.empty([u.size_of(term) for term in batch] + [1, 1], device="meta")
-        t.set(part, [*batch, 1, 1])
-        parts.append(part)
-    t.set(scores, [*(elementwise(t, parts, scores)[:-2]), rows, columns])
+    batch = broadcast(t, (batch_q, batch_k, batch_v))
     if mask is not None:
-        elementwise(t, (scores, mask), scores)
-    batch = t.dims(scores)[:-2]
+        broadcast(t, ([*batch, rows, columns], t.dims(mask)))
     t.fused_costs.append(product(*batch, rows, columns, width))
     t.fused_costs.append(product(*batch, rows, columns, out_width))
     return [*batch, rows, out_width]

@@ -33,7 +33,7 @@ from .base import dims_of, elementwise, keep_still, rule
 )
 def _reduce(t: Tracer, out: Any, *, self: torch.Tensor, dim: int | Sequence[int] | None = None, keepdim: bool = False, **named: Any) -> Any:
     if isinstance(named.get("other"), torch.Tensor):
-        return elementwise(t, (self, named["other"]), out)
+        return elementwise(t, (self, named["other"]))
     terms = t.dims(self)
     gone = dims_of(dim, len(terms))
     t.mixed.extend(terms[d] for d in gone)
