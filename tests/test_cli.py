@@ -41,8 +41,8 @@ def test_inspect_shows_layout_and_costs():
     output = invoke("inspect", "test_resnet", *TINY).output
     layout = zc.analyze(timm.create_model("test_resnet", num_classes=10, in_chans=1))
     assert str(layout).splitlines()[0] in output
-    assert f"MACs {layout.macs():,}" in output
-    assert f"parameters {layout.num_params():,}" in output
+    assert f"{layout.macs():,} MACs" in output
+    assert f"{layout.num_params():,} parameters" in output
     for axis in layout.axes.values():
         assert not axis.frozen or axis.frozen in output
 

@@ -99,13 +99,7 @@ def inspect(model: str, pretrained: bool, args: tuple[str, ...]) -> None:
     """Print MODEL's layout, its frozen axes and why they are frozen, its MACs and parameters."""
     import zoo_compress as zc
 
-    layout = zc.analyze(load_model(model, pretrained, args))
-    click.echo(layout)
-    frozen = {name: axis.frozen for name, axis in layout.axes.items() if axis.frozen}
-    click.echo(f"\n{len(layout.axes)} axes, {len(frozen)} frozen" + (":" if frozen else ""))
-    for name, reason in frozen.items():
-        click.echo(f"  {name}: {reason}")
-    click.echo(f"MACs {layout.macs():,}, parameters {layout.num_params():,}")
+    click.echo(zc.analyze(load_model(model, pretrained, args)))
 
 
 @cli.command(

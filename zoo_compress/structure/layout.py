@@ -157,25 +157,26 @@ class Layout:
                 raise WidthError(f"linked sizes differ: {left!r} is {a} and {right!r} is {b}; choose widths that keep them equal")
 
     def __str__(self) -> str:
-        lines = [f"{name:<{self._column}}  {_show(dims)}" for name, dims in self.params.items()]
+        width = max(map(len, self.params), default=0)
+        lines = [f"{name:<{width}}  {_show(dims)}" for name, dims in self.params.items() if name in self.trained]
+        buffers = [f"{name:<{width}}  {_show(dims)}" for name, dims in self.params.items() if name not in self.trained and dims]
+        lines += ["", "buffers", *buffers] if buffers else []
         lines += ["", "axes"]
         for name, axis in self.axes.items():
             note = f"frozen: {axis.frozen}" if axis.frozen else "ordered" if axis.ordered else ""
             lines.append(f"  {name:<8}{axis.size:>6}  {note}".rstrip())
-        if self.attributes or self.scales:
+        # Layers describe their own weights in attributes too; those say nothing new.
+        told = [path for path in self.attributes if f"{path.rpartition('.')[0]}.weight" not in self.params]
+        if told or self.scales:
             lines += ["", "attributes"]
-            lines += [f"  {path} = {term}" for path, term in self.attributes.items()]
+            lines += [f"  {path} = {self.attributes[path]}" for path in told]
             lines += [f"  {path} = ({term}) ** -0.5" for path, term in self.scales.items()]
         if self.links:
-            lines += ["", "links (equal in size only)"] + [f"  {a} ~ {b}" for a, b in self.links]
+            lines += ["", "links (equal in size only)", *(f"  {a} ~ {b}" for a, b in self.links)]
         if self.unknown:
-            lines += ["", "operations without a rule"] + [f"  {name} × {count}" for name, count in self.unknown.items()]
+            lines += ["", "operations without a rule", *(f"  {name} × {count}" for name, count in self.unknown.items())]
         lines += ["", f"{len(self.free)} of {len(self.axes)} axes free, {self.num_params():,} parameters, {self.macs():,} MACs"]
         return "\n".join(lines)
-
-    @property
-    def _column(self) -> int:
-        return max(map(len, self.params), default=0)
 
 
 def _show(dims: tuple[str, ...]) -> str:

@@ -219,38 +219,10 @@ def _pad(t: Tracer, function: Any, tensor: torch.Tensor, pad: Sequence[int], *ar
     return out
 
 
-@handles(torch.conv1d, torch.conv2d, torch.conv3d)
-def _convolution(
-    t: Tracer,
-    function: Any,
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: Any = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> torch.Tensor:
-    out = function(input, weight, bias, stride, padding, dilation, groups)
-    if groups > 1:
-        t.meet(groups, t.groups)
-    return out
-
-
-@handles(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
-def _transposed(
-    t: Tracer,
-    function: Any,
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: Any = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    output_padding: Any = 0,
-    groups: int = 1,
-    dilation: Any = 1,
-) -> torch.Tensor:
-    out = function(input, weight, bias, stride, padding, output_padding, groups, dilation)
+@handles(torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
+def _convolution(t: Tracer, function: Any, *args: Any, **named: Any) -> torch.Tensor:
+    out = function(*args, **named)
+    groups = named.get("groups", args[6] if len(args) > 6 else 1)
     if groups > 1:
         t.meet(groups, t.groups)
     return out

@@ -63,6 +63,9 @@ def attention(t: Tracer, query: torch.Tensor, key: torch.Tensor, value: torch.Te
     t.unify(width, width_k)
     t.unify(columns, columns_v)
     t.mixed += [width, columns]
+    for term, letter in ((width, "d"), *((heads, "h") for heads in batch_q[-1:])):
+        for variable in u.variables(term):
+            variable.hint = variable.hint or letter
     batch = broadcast(t, (batch_q, batch_k, batch_v))
     if mask is not None:
         broadcast(t, ([*batch, rows, columns], t.dims(mask)))
