@@ -269,6 +269,35 @@ def test_an_operation_without_a_rule_freezes_and_is_counted():
     assert any("has no rule" in (axis.frozen or "") for axis in layout.axes.values())
 
 
+def test_a_rule_that_does_not_fit_freezes(monkeypatch):
+    """A release of torch may change what an operation takes; the layout then loses axes, not truth."""
+    from zoo_compress.surgery.rules import RULES
+
+    def changed(t, out, *, gone):
+        raise AssertionError
+
+    monkeypatch.setitem(RULES, "convolution", changed)
+    model = Wrapped(nn.Conv2d(16, 16, 1))
+    layout = zc.analyze(model, IMAGE)
+    assert layout.unknown == {"aten.convolution": 2}
+    zc.verify(model, layout, IMAGE)
+
+
+def test_functions_may_be_called_by_keyword():
+    class Keywords(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wide = nn.Conv2d(16, 32, 1)
+
+        def forward(self, x):
+            value, gate = torch.chunk(input=self.wide(x), chunks=2, dim=1)
+            return (value * gate).reshape(shape=x.shape)
+
+    model = Wrapped(Keywords())
+    layout = zc.analyze(model, IMAGE)
+    zc.verify(model, layout, IMAGE)
+
+
 def test_sizes_written_as_numbers_freeze():
     class Written(nn.Module):
         def forward(self, x):

@@ -118,9 +118,9 @@ def _split(t: Tracer, function: Any, tensor: torch.Tensor, sizes: Any, dim: int 
 
 
 @handles(torch.Tensor.chunk, torch.chunk, torch.Tensor.tensor_split, torch.tensor_split)
-def _chunk(t: Tracer, function: Any, tensor: torch.Tensor, count: Any, dim: int = 0) -> Any:
+def _chunk(t: Tracer, function: Any, tensor: torch.Tensor, chunks: Any, dim: int = 0) -> Any:
     with t.sizes_known():
-        out = function(tensor, count, dim)
+        out = function(tensor, chunks, dim)
     first, *others = (t.dims(part)[dim] for part in out)
     for other in others:
         if u.size_of(other) == u.size_of(first):

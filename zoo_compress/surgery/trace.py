@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -162,14 +164,27 @@ class _Functions(TorchFunctionMode):
         self.tracer = tracer
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         handler = None if self.tracer.quiet else FUNCTIONS.get(func)
         self.tracer.operation = getattr(func, "__name__", str(func))
-        if handler is not None:
-            return handler(self.tracer, func, *args, **(kwargs or {}))
+        if handler is not None and _takes(handler, self.tracer, func, *args, **kwargs):
+            return handler(self.tracer, func, *args, **kwargs)
         born = len(self.tracer.born)
-        out = func(*args, **(kwargs or {}))
+        out = func(*args, **kwargs)
         self.tracer.settle(born)
         return out
+
+
+def _takes(handler: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+    """Whether a handler knows the arguments a function was called with."""
+    try:
+        _signature(handler).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+_signature = lru_cache(maxsize=None)(inspect.signature)
 
 
 class _Operations(TorchDispatchMode):
@@ -196,18 +211,24 @@ class _Operations(TorchDispatchMode):
         rule = RULES.get(name) or RULES.get(name.removesuffix("_"))
         if tensors and rule not in COSTLY and all(map(tracer.is_constant, tensors)):
             return
-        if rule is not None:
-            names = [a.name for a in func._schema.arguments]
-            terms = rule(tracer, out, **dict(zip(names, args, strict=False)), **kwargs)
-        elif torch.Tag.pointwise in func.tags and isinstance(out, torch.Tensor):
-            terms = elementwise(tracer, tensors)
-        else:
-            if tracer.freeze_all(tensors, f"{tracer.where} has no rule"):
-                tracer.unknown[f"aten.{name}"] += 1
-            return
-        if isinstance(out, torch.Tensor):
-            tracer.set(out, terms)
-        else:
-            for tensor, dims in zip(out, terms, strict=True):
+        try:
+            terms = self._terms(func, rule, args, kwargs, tensors, out)
+            for tensor, dims in [(out, terms)] if isinstance(out, torch.Tensor) else zip(out, terms, strict=True):
                 if isinstance(tensor, torch.Tensor):
                     tracer.set(tensor, dims)
+        except _NO_FIT as error:
+            # No rule, or one that does not fit this use or this release of torch: freezing is sound whatever the rule did before.
+            why = "has no rule" if isinstance(error, NotImplementedError) else f"has no rule for this use ({error})"
+            if tracer.freeze_all((tensors, out), f"{tracer.where} {why}"):
+                tracer.unknown[f"aten.{name}"] += 1
+
+    def _terms(self, func: Any, rule: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor], out: Any) -> Any:
+        if rule is not None:
+            names = [a.name for a in func._schema.arguments]
+            return rule(self.tracer, out, **dict(zip(names, args, strict=False)), **kwargs)
+        if torch.Tag.pointwise in func.tags and isinstance(out, torch.Tensor):
+            return elementwise(self.tracer, tensors)
+        raise NotImplementedError
+
+
+_NO_FIT = (NotImplementedError, AssertionError, TypeError, ValueError, IndexError, KeyError, StopIteration)
