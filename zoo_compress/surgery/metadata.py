@@ -12,7 +12,7 @@ from ..structure import unify as u
 from ..structure.terms import Term, product
 from ..structure.unify import Variable
 from .sizes import Size
-from .tracer import Tracer
+from .tracer import MODEL_ERRORS, Tracer
 
 Attributes = dict[str, Variable]
 """`module.path.attr`, or `module.path.attr[i]` in a tuple or list → the variable that stands for the number there."""
@@ -101,7 +101,7 @@ class Spy:
         with self.tracer.uncounted():
             try:
                 features = ask(image, intermediates_only=True)
-            except (TypeError, RuntimeError, AttributeError, AssertionError, ValueError, NotImplementedError, IndexError):
+            except MODEL_ERRORS:
                 return found
         if len(features) != len(entries):
             return found
@@ -123,7 +123,7 @@ class Spy:
         try:
             with torch.device("meta"), self.tracer.silenced():
                 reset(int(self.model.num_classes) + 1)  # type: ignore[arg-type]
-        except (TypeError, RuntimeError, AttributeError, AssertionError, ValueError, NotImplementedError):
+        except MODEL_ERRORS:
             return  # a model whose classifier cannot be reset has no attribute to keep for it
         for path, module in self.model.named_modules():
             weight = dims.get(f"{path}.weight")

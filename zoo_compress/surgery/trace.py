@@ -25,7 +25,7 @@ from . import metadata
 from .finish import finish
 from .functions import FUNCTIONS
 from .rules import COSTLY, RULES, elementwise
-from .tracer import Tracer, named_tensors
+from .tracer import MODEL_ERRORS, Tracer, named_tensors
 
 BATCH = 2  # a batch of one could be mistaken for a dimension to broadcast
 
@@ -55,7 +55,7 @@ def analyze(model: nn.Module, example_input: torch.Tensor | None = None) -> Layo
     for device in ("meta", "cpu"):  # a model that looks at values needs real tensors
         try:
             return _analyze(model, example, device)
-        except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+        except MODEL_ERRORS as error:
             failures.append(error)
     last = failures[-1]
     shape = tuple(example.shape)
@@ -216,7 +216,7 @@ class _Operations(TorchDispatchMode):
             for tensor, dims in [(out, terms)] if isinstance(out, torch.Tensor) else zip(out, terms, strict=True):
                 if isinstance(tensor, torch.Tensor):
                     tracer.set(tensor, dims)
-        except _NO_FIT as error:
+        except (*MODEL_ERRORS, StopIteration) as error:
             # No rule, or one that does not fit this use or this release of torch: freezing is sound whatever the rule did before.
             why = "has no rule" if isinstance(error, NotImplementedError) else f"has no rule for this use ({error})"
             if tracer.freeze_all((tensors, out), f"{tracer.where} {why}"):
@@ -229,6 +229,3 @@ class _Operations(TorchDispatchMode):
         if torch.Tag.pointwise in func.tags and isinstance(out, torch.Tensor):
             return elementwise(self.tracer, tensors)
         raise NotImplementedError
-
-
-_NO_FIT = (NotImplementedError, AssertionError, TypeError, ValueError, IndexError, KeyError, StopIteration)

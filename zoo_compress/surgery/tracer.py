@@ -16,6 +16,10 @@ from ..structure.unify import Variable
 from .sizes import Size
 
 
+MODEL_ERRORS = (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, AssertionError, KeyError, IndexError)
+"""What a model may raise when it is called in a way it does not take."""
+
+
 class Tracer:
     """Knows the term of every dimension of every tensor met so far, and collects links and costs.
 

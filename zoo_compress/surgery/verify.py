@@ -12,14 +12,14 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ..errors import AnalysisError, VerificationError
+from ..errors import VerificationError
 from ..structure import terms
 from ..structure.layout import Layout, parse
 from ..structure.widths import Group, groups
 from .modules import clear_caches
 from .resize import check_fits, permuted_copy, picks, resize
 from .trace import analyze, default_input
-from .tracer import named_tensors
+from .tracer import MODEL_ERRORS, named_tensors
 
 TOLERANCE = 1e-4
 
@@ -163,7 +163,7 @@ def _resize_proof(model: nn.Module, layout: Layout, widths: Mapping[str, np.ndar
     try:
         flat(shrunk(image)).float().sum().backward()
         counted = analyze(shrunk, image).macs()
-    except (RuntimeError, ValueError, IndexError, AssertionError, AnalysisError) as error:
+    except MODEL_ERRORS as error:
         raise VerificationError(f"resize proof: the shrunk model does not run: {error}") from error
     computed = layout.macs(widths)
     if counted != computed:
