@@ -15,7 +15,6 @@ from ..structure.terms import Term, concat, factors, product
 from ..structure.unify import Variable
 from .sizes import Size
 
-
 MODEL_ERRORS = (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, AssertionError, KeyError, IndexError)
 """What a model may raise when it is called in a way it does not take."""
 
