@@ -5,7 +5,7 @@ import pytest
 from zoo_compress.errors import RecipeError
 from zoo_compress.record import (
     RECORD_NAME,
-    EpochRecord,
+    Epoch,
     Record,
     Row,
     StepRecord,
@@ -16,7 +16,7 @@ from zoo_compress.record import (
     write_record,
 )
 
-EPOCH = EpochRecord(train_loss=0.1, lr=1e-3, loss=float("inf"), top1=50.0, top5=100.0, seconds=1.5)
+EPOCH = Epoch(train_loss=0.1, lr=1e-3, loss=float("inf"), top1=50.0, top5=100.0, seconds=1.5)
 
 
 def record(**changes):

@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field, JsonValue, ValidationError
 from .errors import RecipeError
 from .training.checkpoint import write_atomic
 from .training.config import Config
+from .training.loop import Epoch
 
 RECORD_NAME = "results.json"
 
@@ -19,17 +20,6 @@ class Entry(Config):
     """Base of what a record holds. Measured numbers need not be finite: an epoch's test loss may well overflow."""
 
     model_config = ConfigDict(allow_inf_nan=True, ser_json_inf_nan="constants")
-
-
-class EpochRecord(Entry):
-    """One epoch; see `zoo_compress.training.loop.Epoch`."""
-
-    train_loss: float
-    lr: float
-    loss: float
-    top1: float
-    top5: float
-    seconds: float
 
 
 class StepRecord(Entry):
@@ -48,7 +38,7 @@ class StepRecord(Entry):
     kind: str
     checkpoint: str | None = None
     metrics: dict[str, JsonValue] = Field(default_factory=dict)
-    epochs: tuple[EpochRecord, ...] = ()
+    epochs: tuple[Epoch, ...] = ()
     seconds: float
 
 

@@ -24,11 +24,11 @@ import zoo_compress as zc
 from .errors import CompressError, RecipeError
 from .plan import PruneRound, Step, budget_of_round, make_plan, milestones, unpruned
 from .recipe import Recipe, SaveStage, load_recipe
-from .record import RECORD_NAME, EpochRecord, Record, Row, StepRecord, machine, read_record, versions, write_record
+from .record import RECORD_NAME, Record, Row, StepRecord, machine, read_record, versions, write_record
 from .training.config import FinetuneConfig, TrainConfig
 from .training.data import calibration_batches, check_fits, eval_loader, train_loader
 from .training.distributed import Processes, init_processes
-from .training.loop import Phase, evaluate, fit, reseed
+from .training.loop import Epoch, Phase, evaluate, fit, reseed
 from .training.measure import measure_many
 from .training.sources import Source, default_pretrained_cfg, open_source
 
@@ -42,7 +42,7 @@ class Result:
 
     model: nn.Module | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
-    epochs: tuple[EpochRecord, ...] = ()
+    epochs: tuple[Epoch, ...] = ()
     table: tuple[Row, ...] = ()
 
 
@@ -214,8 +214,7 @@ def _fit_step(run: Run, step: Step) -> Result:
         log=run.log,
     )
     last = history[-1]
-    epochs = tuple(EpochRecord(**asdict(epoch)) for epoch in history)
-    return Result(model.cpu(), {"loss": last.loss, "top1": last.top1, "top5": last.top5}, epochs)
+    return Result(model.cpu(), {"loss": last.loss, "top1": last.top1, "top5": last.top5}, tuple(history))
 
 
 def _prune_step(run: Run, step: Step) -> Result:
