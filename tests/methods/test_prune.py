@@ -1,5 +1,6 @@
 """Budgets are met, the best elements stay, and criteria agree with torch-pruning's own groups."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -136,6 +137,31 @@ def test_pruned_models_are_pruned_again(model, layout):
     twice = zc.prune(once, macs=0.7)
     assert abs(zc.analyze(twice).macs() / layout.macs() - 0.49) < 0.03
     zc.verify(twice, zc.analyze(twice))
+
+
+def test_a_model_that_would_not_run_is_not_given_out(model, layout):
+    """A layout that forgets an attribute: the error comes from `prune`, not from the user's first batch."""
+    vit = timm.create_model("test_vit").eval()
+    found = zc.analyze(vit)
+    kept = {path: term for path, term in found.attributes.items() if not path.endswith(("num_heads", "head_dim"))}
+    with pytest.raises(zc.CompressError, match=r"does not run|the pruned model has"):
+        zc.prune(vit, macs=0.5, layout=dataclasses.replace(found, attributes=kept))
+
+
+def test_backbone_gives_fewer_features(tmp_path):
+    """Without a classifier the output is features: their number may change, their order may not."""
+    model = timm.create_model("test_vit", num_classes=0).eval()
+    layout = zc.analyze(model)
+    assert zc.verify(model, layout).permutation_error < 1e-9
+    small = zc.prune(model, macs=0.5, layout=layout).eval()
+    image = torch.randn(2, *model.default_cfg["input_size"])
+    with torch.no_grad():
+        features = small(image)
+        zc.save(small, tmp_path)
+        again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+        assert features.shape == (2, small.num_features)
+        assert small.num_features < model.num_features
+        assert torch.equal(again(image), features)
 
 
 def test_random_is_reproducible_and_leaves_the_generator_alone(model, layout):

@@ -135,6 +135,20 @@ class Copies(nn.Module):
         return self.conv(x.repeat(1, self.copies, 1, 1))
 
 
+class Asserted(nn.Module):
+    """A number that only an assertion reads has to follow all the same, and so has the size of a table."""
+
+    def __init__(self):
+        super().__init__()
+        self.dim = 16
+        self.scale = nn.Parameter(torch.ones(16))
+
+    def forward(self, x):
+        assert x.shape[1] == self.dim
+        assert self.scale.numel() == self.dim
+        return x * self.scale[:, None, None]
+
+
 class Standardised(nn.Conv2d):
     """A convolution whose weight is normalised first, as one image of its channels."""
 
@@ -178,6 +192,7 @@ BODIES = {
     "repeated one by one": (lambda: Repeated(True), None, 2),
     "copies": (Copies, None, 3),
     "standardised weights": (lambda: Standardised(16, 24, 1), 24, 2),
+    "asserted": (Asserted, None, 1),
     "prelu": (lambda: nn.PReLU(16), None, 1),
     "batch norm in train mode's statistics": (lambda: nn.BatchNorm2d(16, track_running_stats=False), None, 1),
 }

@@ -26,7 +26,8 @@ class Axis:
     Attributes:
         size: Number of elements in the analysed model.
         frozen: Why it may not change, in words a user can act on; None if it may.
-        ordered: Neighbours along it matter (a convolution runs along it): it can be pruned, not permuted.
+        ordered: Its order matters (a convolution runs along it, or it is the output of a model without classifier): it can be pruned,
+            not permuted.
     """
 
     size: int
@@ -47,7 +48,7 @@ class Layout:
         links: Pairs of terms whose sizes must stay equal although their elements are unrelated.
         macs_terms: (term, count) pairs; multiply-accumulates of the traced batch are the sum of count × size(term).
         fused_macs_terms: The same for the products inside fused attention.
-        batch: Number of samples in that batch.
+        input_shape: Shape of that batch, (batch, channels, height, width).
         trained: Names in `params` that are parameters; the others are buffers.
         normalised: Axes whose elements influence each other (a mean, norm or softmax runs over them, or a product of activations sums
             over them), so that removing elements differs from zeroing them.
@@ -61,10 +62,15 @@ class Layout:
     links: tuple[tuple[str, str], ...] = ()
     macs_terms: tuple[tuple[str, int], ...] = ()
     fused_macs_terms: tuple[tuple[str, int], ...] = ()
-    batch: int = 1
+    input_shape: tuple[int, ...] = (1,)
     trained: frozenset[str] = frozenset()
     normalised: frozenset[str] = frozenset()
     unknown: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def batch(self) -> int:
+        """Number of samples in the traced batch."""
+        return self.input_shape[0]
 
     @property
     def free(self) -> tuple[str, ...]:

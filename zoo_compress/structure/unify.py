@@ -22,7 +22,7 @@ class Variable:
         size: Number of elements.
         bound: The term it turned out to be, once known.
         frozen: Why it may not change, or None.
-        ordered: Whether neighbours along it matter, so that it can be pruned but not permuted.
+        ordered: Whether its order matters, so that it can be pruned but not permuted.
         hint: First letter of the name it will get.
         piece: Whether it was split off another axis; a piece that the code writes as a plain number becomes that number.
         uniform: Whether all elements along it are alike (copies, zeros), so that it may become whatever it meets.
@@ -99,7 +99,7 @@ def is_free(term: Term) -> bool:
 
 
 def order(term: Term) -> None:
-    """Mark that neighbours along the term matter."""
+    """Mark that the order along the term matters."""
     for variable in variables(term):
         variable.ordered = True
 

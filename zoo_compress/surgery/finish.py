@@ -15,7 +15,7 @@ from .metadata import Attributes, describe_standard_modules
 from .tracer import Tracer
 
 
-def finish(model: nn.Module, tracer: Tracer, dims: dict[str, list[Term]], attributes: Attributes, batch: int) -> Layout:
+def finish(model: nn.Module, tracer: Tracer, dims: dict[str, list[Term]], attributes: Attributes, input_shape: tuple[int, ...]) -> Layout:
     """Freeze what no choice of widths can satisfy, name the axes and write the layout down.
 
     Args:
@@ -23,7 +23,7 @@ def finish(model: nn.Module, tracer: Tracer, dims: dict[str, list[Term]], attrib
         tracer: What the run left behind.
         dims: Parameter or buffer name → one term over variables per dimension.
         attributes: Attribute path → its variable.
-        batch: Number of samples the run's costs are for.
+        input_shape: Shape of the batch that ran.
     """
     describe_standard_modules(model, dims, attributes)
     for variable in attributes.values():
@@ -43,7 +43,7 @@ def finish(model: nn.Module, tracer: Tracer, dims: dict[str, list[Term]], attrib
         links=tuple(dict.fromkeys((written(a), written(b)) for a, b in tracer.links)),
         macs_terms=tuple(Counter(map(written, tracer.costs)).items()),
         fused_macs_terms=tuple(Counter(map(written, tracer.fused_costs)).items()),
-        batch=batch,
+        input_shape=input_shape,
         trained=frozenset(name for name, _ in model.named_parameters()),
         normalised=frozenset(names[v] for term in tracer.mixed for v in u.variables(term) if v in names),
         unknown=dict(tracer.unknown),

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from ..structure import unify as u
-from ..structure.terms import Term, concat
+from ..structure.terms import Term, concat, product
 from .rules import attention
 from .sizes import Size
 from .tracer import Tracer
@@ -45,6 +45,11 @@ def _shape(t: Tracer, function: Any, tensor: torch.Tensor) -> Any:
 def _size(t: Tracer, function: Any, tensor: torch.Tensor, dim: int | None = None) -> Any:
     shape = _shape(t, lambda x: x.shape, tensor)
     return shape if dim is None else shape[dim]
+
+
+@handles(torch.Tensor.numel, torch.Tensor.nelement, torch.numel)
+def _numel(t: Tracer, function: Any, tensor: torch.Tensor) -> int:
+    return t.read_size(function(tensor), product(*t.dims(tensor)))
 
 
 @handles(torch.Tensor.view, torch.Tensor.reshape, torch.reshape)

@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ..structure.terms import Term, concat, product
+
+_on_equal: Callable[[Size, Size], None] | None = None
+
+
+@contextmanager
+def equalities(listener: Callable[[Size, Size], None] | None) -> Iterator[None]:
+    """Within, `listener` hears of every two `Size`s that are compared and found equal; None hears nothing."""
+    global _on_equal
+    before, _on_equal = _on_equal, listener
+    try:
+        yield
+    finally:
+        _on_equal = before
 
 
 class Size(int):
@@ -12,7 +27,8 @@ class Size(int):
 
     Sizes read from tensors and from module attributes are given to the model as `Size`, so that `reshape(B, N, C // self.num_heads)`
     still tells, when it is reached, where each number came from. Sums, differences, products and exact quotients keep the expression;
-    anything else gives a plain `int`, which the tracer treats as a constant of the code.
+    anything else gives a plain `int`, which the tracer treats as a constant of the code. What the model's own code finds equal
+    (`assert C == self.dim`) has to stay equal.
     """
 
     term: Term
@@ -23,6 +39,17 @@ class Size(int):
         self = super().__new__(cls, value)
         self.term, self.less, self.over = term, less, over
         return self
+
+    def __eq__(self, other: object) -> bool:
+        equal = int.__eq__(self, other)
+        if equal is True and _on_equal is not None and isinstance(other, Size):
+            _on_equal(self, other)
+        return equal
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = int.__hash__
 
     def __reduce__(self) -> Any:
         return int, (int(self),)
@@ -82,7 +109,7 @@ def _multiply(a: Any, b: Any, value: Any) -> Any:
 
 
 def _divide(a: Any, b: Any, value: Any) -> Any:
-    if value is NotImplemented or not (isinstance(a, int) and isinstance(b, int)) or value * b != a:
+    if value is NotImplemented or not (isinstance(a, int) and isinstance(b, int)) or int(value) * int(b) != int(a):
         return value
     (term_a, less_a, over_a), (term_b, less_b, over_b) = expression(a), expression(b)
     if less_b != 0:

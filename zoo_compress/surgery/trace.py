@@ -25,6 +25,7 @@ from . import metadata
 from .finish import finish
 from .functions import FUNCTIONS
 from .rules import COSTLY, RULES, elementwise
+from .sizes import equalities
 from .tracer import MODEL_ERRORS, Tracer, named_tensors
 
 BATCH = 2  # a batch of one could be mistaken for a dimension to broadcast
@@ -72,9 +73,14 @@ def default_input(model: nn.Module) -> torch.Tensor:
 
     if not getattr(model, "pretrained_cfg", None):
         raise AnalysisError(f"{type(model).__name__} does not say what input it takes: pass example_input")
+    return empty_input(model, (BATCH, *get_model_input_config(model)["input_size"]))
+
+
+def empty_input(model: nn.Module, shape: tuple[int, ...]) -> torch.Tensor:
+    """An input of the model's dtype without data."""
     parameter = next(model.parameters(), None)
     dtype = parameter.dtype if parameter is not None and parameter.is_floating_point() else torch.float32
-    return torch.empty((BATCH, *get_model_input_config(model)["input_size"]), dtype=dtype, device="meta")
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _analyze(model: nn.Module, example: torch.Tensor, device: str) -> Layout:
@@ -98,10 +104,14 @@ def _analyze(model: nn.Module, example: torch.Tensor, device: str) -> Layout:
         output = clone(image)
         after = dict(named_tensors(clone))
         spy.finish(dims, image)
-    for leaf in tree_leaves(output):
-        if isinstance(leaf, torch.Tensor):
-            for term in tracer.dims(leaf):
-                u.freeze(term, "model output (class logits)")
+    headless = getattr(model, "num_classes", None) == 0
+    for term in (t for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) for t in tracer.dims(leaf)):
+        if headless:
+            # A backbone gives features: there may be fewer, but their order shows.
+            u.order(term)
+            tracer.mixed.append(term)
+        else:
+            u.freeze(term, "model output (class logits)")
     for name, tensor in after.items():
         if tensor is not tensors.get(name):
             dims[name] = tracer.dims(tensor)
@@ -115,7 +125,7 @@ def _analyze(model: nn.Module, example: torch.Tensor, device: str) -> Layout:
         if any(not u.is_free(term) for term in terms):
             for term in terms:
                 u.freeze(term, "runs through a buffer that is computed for the input's size and not saved")
-    return finish(model, tracer, dims, attributes, batch=int(example.shape[0]))
+    return finish(model, tracer, dims, attributes, input_shape=tuple(map(int, example.shape)))
 
 
 def _image_terms(image: torch.Tensor) -> list[Term]:
@@ -150,7 +160,7 @@ def _traced(tracer: Tracer, model: nn.Module) -> Iterator[None]:
     handles = []
     for path, module in model.named_modules():
         handles += [module.register_forward_pre_hook(enter(path)), module.register_forward_hook(leave)]
-    with _Operations(tracer), _Functions(tracer):
+    with _Operations(tracer), _Functions(tracer), equalities(tracer.equal):
         yield
     for handle in handles:
         handle.remove()
@@ -164,7 +174,11 @@ class _Functions(TorchFunctionMode):
         self.tracer = tracer
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        # What torch compares inside a function is its own business.
+        with equalities(None):
+            return self._call(func, args, kwargs or {})
+
+    def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
         handler = None if self.tracer.quiet else FUNCTIONS.get(func)
         self.tracer.operation = getattr(func, "__name__", str(func))
         if handler is not None and _takes(handler, self.tracer, func, *args, **kwargs):

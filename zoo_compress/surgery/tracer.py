@@ -144,6 +144,10 @@ class Tracer:
         elif size != -1:
             u.fix(term, f"{self.where} writes its size as the number {int(size)}")
 
+    def equal(self, a: Size, b: Size) -> None:
+        """The model's own code has found two sizes equal, and goes on as it does because they are."""
+        self.link(concat(product(a.term, b.over), product(b.less, a.over)), concat(product(b.term, a.over), product(a.less, b.over)))
+
     def link(self, a: Term, b: Term) -> None:
         """Two sizes are equal. An attribute not seen before simply is the other side; what holds by itself is not kept."""
         a, b = cancelled(u.resolve(a), u.resolve(b))
