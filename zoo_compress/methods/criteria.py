@@ -110,9 +110,11 @@ def scores(
         torch.manual_seed(seed)
         for name in names:
             scorer = getattr(importance, chosen.importance)(**chosen.arguments)
-            group = _Group(_items(model, layout, name, statistics, scorer))
-            if criterion == "random":
-                group = _Group([_Item(SimpleNamespace(), list(range(layout.axes[name].size)), [])])
+            if criterion == "random":  # looks at nothing but how many elements there are
+                items = [_Item(SimpleNamespace(), list(range(layout.axes[name].size)), [])]
+            else:
+                items = _items(model, layout, name, statistics, scorer)
+            group = _Group(items)
             score = scorer(group) if len(group) else None
             if score is not None and len(score) == layout.axes[name].size and bool(torch.isfinite(score).all()):
                 found[name] = score.detach().double().cpu().numpy()

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ..errors import VerificationError
+from ..errors import AnalysisError, VerificationError
 from ..structure import terms
-from ..structure.layout import Layout, parse
+from ..structure.layout import Layout, Widths, parse
 from ..structure.widths import Group, groups
 from .modules import clear_caches
 from .resize import check_fits, permuted_copy, picks, resize
@@ -162,12 +162,32 @@ def _resize_proof(model: nn.Module, layout: Layout, widths: Mapping[str, np.ndar
     shrunk.requires_grad_(True)
     try:
         flat(shrunk(image)).float().sum().backward()
-        counted = analyze(shrunk, image).macs()
     except MODEL_ERRORS as error:
         raise VerificationError(f"resize proof: the shrunk model does not run: {error}") from error
-    computed = layout.macs(widths)
-    if counted != computed:
-        raise VerificationError(f"resize proof: the layout computes {computed:,} MACs, the shrunk model has {counted:,}")
+    return check_runs(shrunk, layout, widths, image)
+
+
+def check_runs(resized: nn.Module, layout: Layout, widths: Widths, image: torch.Tensor) -> int:
+    """Run a resized model once, on a tensor whose data is not looked at, and compare its MACs with the layout's arithmetic.
+
+    Args:
+        resized: What `resize` made.
+        layout: The layout of the model before.
+        widths: The choice.
+        image: A batch; only its shape and dtype are used.
+
+    Returns:
+        MACs of one sample.
+
+    Raises:
+        VerificationError: If the model does not run, or costs something else.
+    """
+    try:
+        counted = analyze(resized, image).macs()
+    except AnalysisError as error:
+        raise VerificationError(f"resize proof: the pruned model does not run: {error}") from error
+    if counted != layout.macs(widths):
+        raise VerificationError(f"resize proof: the layout computes {layout.macs(widths):,} MACs, the pruned model has {counted:,}")
     return counted
 
 
