@@ -6,6 +6,7 @@ Importing the package registers its names with timm: `timm.create_model("resnet1
 from .errors import AnalysisError, CompressError, RecipeError, VariantError, VerificationError, WidthError
 from .methods.prune import prune
 from .plugin import load, save
+from .profiling.measure import Measurement, measure
 from .structure.layout import Axis, Layout
 from .surgery.resize import resize
 from .surgery.trace import analyze
@@ -16,6 +17,7 @@ __all__ = [
     "Axis",
     "CompressError",
     "Layout",
+    "Measurement",
     "RecipeError",
     "VariantError",
     "Verification",
@@ -23,6 +25,7 @@ __all__ = [
     "WidthError",
     "analyze",
     "load",
+    "measure",
     "prune",
     "resize",
     "save",

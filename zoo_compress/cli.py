@@ -202,15 +202,18 @@ def evaluate(
 @click.option("--runs", type=click.IntRange(min=1), default=100, show_default=True, help="Timed passes of each model.")
 @model_options
 def measure(models: tuple[str, ...], batch_size: int, threads: int | None, runs: int, pretrained: bool, args: tuple[str, ...]) -> None:
-    """Measure MODELs against each other: parameters, MACs and median CPU latency, runs interleaved."""
-    from .training.measure import measure_many
+    """Measure MODELs against each other: parameters, MACs, memory and median CPU latency, runs interleaved.
+
+    Memory is that of weights and of the tensors alive at the worst moment of one forward pass.
+    """
+    from .profiling.measure import measure_many
 
     costs = measure_many({name: load_model(name, pretrained, args) for name in models}, batch_size, threads, runs=runs)
     width = max(map(len, costs))
-    click.echo(f"{'':{width}}  {'parameters':>13}  {'MACs':>16}  {'latency, ms (median ± half IQR)':>31}")
+    click.echo(f"{'':{width}}  {'parameters':>13}  {'MACs':>16}  {'memory, MB':>10}  {'latency, ms (median ± half IQR)':>31}")
     for name, cost in costs.items():
         latency = f"{cost.latency_ms:.2f} ± {cost.latency_iqr_ms / 2:.2f}"
-        click.echo(f"{name:{width}}  {cost.params:>13,}  {cost.macs:>16,}  {latency:>31}")
+        click.echo(f"{name:{width}}  {cost.params:>13,}  {cost.macs:>16,}  {cost.peak_memory / 1e6:>10.1f}  {latency:>31}")
     first = next(iter(costs.values()))
     click.echo(f"batch {first.batch_size}, {first.threads} thread{'s' * (first.threads > 1)}")
 

@@ -179,7 +179,7 @@ Stage = Annotated[
 
 
 class MeasureConfig(Config):
-    """How latency is measured: see `zoo_compress.training.measure`."""
+    """How latency is measured: see `zoo_compress.profiling.measure`."""
 
     batch_size: Count = 1
     threads: Count | None = None

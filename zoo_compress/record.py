@@ -52,6 +52,8 @@ class Row(Entry):
         top1: top-1 accuracy on the test images, in percent.
         latency_ms: median milliseconds of one forward pass on CPU.
         latency_iqr_ms: distance between the quartiles.
+        weight_memory: bytes of parameters and buffers.
+        activation_memory: most bytes the tensors of that pass take up at one time.
         batch_size: images in that pass.
         threads: CPU threads it used.
     """
@@ -62,6 +64,8 @@ class Row(Entry):
     top1: float
     latency_ms: float
     latency_iqr_ms: float
+    weight_memory: int
+    activation_memory: int
     batch_size: int
     threads: int
 

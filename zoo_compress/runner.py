@@ -23,13 +23,13 @@ import zoo_compress as zc
 
 from .errors import CompressError, RecipeError
 from .plan import PruneRound, Step, budget_of_round, make_plan, milestones, unpruned
+from .profiling.measure import measure_many
 from .recipe import Recipe, SaveStage, load_recipe
 from .record import RECORD_NAME, Record, Row, StepRecord, machine, read_record, versions, write_record
 from .training.config import FinetuneConfig, TrainConfig
 from .training.data import calibration_batches, check_fits, eval_loader, train_loader
 from .training.distributed import Processes, init_processes
 from .training.loop import Epoch, Phase, evaluate, fit, reseed
-from .training.measure import measure_many
 from .training.sources import Source, default_pretrained_cfg, open_source
 
 STEPS_FOLDER = "steps"

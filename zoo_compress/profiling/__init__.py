@@ -1,0 +1,1 @@
+"""Floor 2, below methods and training: what a model costs on this machine, by measurement."""

@@ -1,0 +1,99 @@
+"""What a model costs: parameters, MACs, memory, and median latency measured on this machine's CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from timm.models import get_model_input_config
+from torch import nn
+
+from ..errors import CompressError
+from ..surgery.trace import analyze
+from .latency import inference, interleaved
+from .memory import activation_memory, weight_memory
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Cost of one model.
+
+    Attributes:
+        params: Number of parameters.
+        macs: Multiply-accumulates of one image at the model's own input size.
+        latency_ms: Median milliseconds of one forward pass on the CPU.
+        latency_iqr_ms: Distance between the quartiles of the same runs.
+        weight_memory: Bytes of parameters and buffers.
+        activation_memory: Most bytes that the tensors of one forward pass take up at one time, its input included and the weights not;
+            counted, so the same on every machine. What kernels use while they run, and the allocator without need, is not in it.
+        batch_size: Images in that pass.
+        threads: CPU threads torch used.
+    """
+
+    params: int
+    macs: int
+    latency_ms: float
+    latency_iqr_ms: float
+    weight_memory: int
+    activation_memory: int
+    batch_size: int
+    threads: int
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes of weights and activations together: what one forward pass needs at least."""
+        return self.weight_memory + self.activation_memory
+
+
+def measure(model: nn.Module, batch_size: int = 1, threads: int | None = None, *, runs: int = 100, warmup: int = 10) -> Measurement:
+    """Measure one model; see `measure_many`."""
+    return measure_many({"model": model}, batch_size, threads, runs=runs, warmup=warmup)["model"]
+
+
+def measure_many(
+    models: Mapping[str, nn.Module], batch_size: int = 1, threads: int | None = None, *, runs: int = 100, warmup: int = 10
+) -> dict[str, Measurement]:
+    """Measure models against each other. Runs are interleaved, so that what else the machine does falls on all of them alike.
+
+    Args:
+        models: Name to timm model. Weights and training modes are left as they were; models on other devices are refused.
+        batch_size: Images in each forward pass, of the size the model's `pretrained_cfg` names.
+        threads: CPU threads; None takes what torch is set to.
+        runs: Timed passes of each model.
+        warmup: Passes before, not timed.
+
+    Returns:
+        Name to measurement, in the given order.
+
+    Raises:
+        CompressError: If a number is below 1, a model is not on the CPU, or cannot be analysed.
+    """
+    for name, value in {"batch_size": batch_size, "runs": runs, "warmup": warmup}.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise CompressError(f"measure: expected {name} of at least 1, found {value!r}")
+    macs = {name: analyze(model).macs() for name, model in models.items()}
+    images = {name: _images(model, batch_size) for name, model in models.items()}
+    with inference(models.values(), threads) as used:
+        activations = {name: activation_memory(model, images[name]) for name, model in models.items()}
+        times = interleaved(models, images, runs=runs, warmup=warmup)
+    found = {}
+    for name, model in models.items():
+        low, median, high = 1e3 * np.quantile(times[name], (0.25, 0.5, 0.75))
+        found[name] = Measurement(
+            params=sum(p.numel() for p in model.parameters()),
+            macs=macs[name],
+            latency_ms=float(median),
+            latency_iqr_ms=float(high - low),
+            weight_memory=weight_memory(model),
+            activation_memory=activations[name],
+            batch_size=batch_size,
+            threads=used,
+        )
+    return found
+
+
+def _images(model: nn.Module, batch_size: int) -> torch.Tensor:
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return torch.zeros(batch_size, *get_model_input_config(model)["input_size"], dtype=dtype)
