@@ -12,6 +12,8 @@ from .errors import CompressError
 if TYPE_CHECKING:
     from torch import nn
 
+    from .profiling.search import RoundTo
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 MODEL_HELP = "MODEL is anything timm.create_model takes (an architecture, local-dir:PATH, hf-hub:OWNER/REPO) or the path of a saved model."
@@ -41,6 +43,15 @@ def cli() -> None:
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of `zoo-compress`."""
     cli(args=list(args) if args is not None else None, prog_name="zoo-compress")
+
+
+class RoundToType(click.ParamType):
+    """A positive integer or `auto`."""
+
+    name = "integer|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value == "auto" else click.IntRange(min=1).convert(value, param, ctx)
 
 
 def model_options(command: Command) -> Command:
@@ -107,6 +118,7 @@ def inspect(model: str, pretrained: bool, args: tuple[str, ...]) -> None:
     + "\n\n"
     + examples(
         "zoo-compress prune resnet18 --pretrained --macs 0.5 -o small/",
+        "zoo-compress prune mobilenetv2_100 --latency 0.5 --round-to auto --threads 1 -o fast/",
         "zoo-compress prune runs/mine/model --params 0.3 --criterion l1 --scope local -o smaller/",
     )
 )
@@ -114,6 +126,9 @@ def inspect(model: str, pretrained: bool, args: tuple[str, ...]) -> None:
 @click.option("--keep", type=float, help="Fraction of channels to keep.")
 @click.option("--macs", type=float, help="MACs to keep: a fraction up to 1, a count above.")
 @click.option("--params", type=float, help="Parameters to keep: a fraction up to 1, a count above.")
+@click.option(
+    "--latency", type=float, help="Latency to keep, measured on this machine: a fraction up to 1 of MODEL's own, milliseconds above."
+)
 @click.option("--criterion", default="l2", show_default=True, help="Importance of a channel: l1, l2, bn_scale, lamp, fpgm, random.")
 @click.option(
     "--scope",
@@ -122,7 +137,15 @@ def inspect(model: str, pretrained: bool, args: tuple[str, ...]) -> None:
     show_default=True,
     help="One ranking over all axes, or one for each.",
 )
-@click.option("--round-to", type=click.IntRange(min=1), default=8, show_default=True, help="Keep multiples of this many channels.")
+@click.option(
+    "--round-to",
+    type=RoundToType(),
+    default=8,
+    show_default=True,
+    help="Keep multiples of this many channels; auto measures which, and which channels, run fastest within the budget.",
+)
+@click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Images in a pass that is measured.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of a pass that is measured; torch's choice unless given.")
 @click.option("-o", "--output", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder to save to; new or empty.")
 @model_options
 def prune(
@@ -130,27 +153,47 @@ def prune(
     keep: float | None,
     macs: float | None,
     params: float | None,
+    latency: float | None,
     criterion: str,
     scope: str,
-    round_to: int,
+    round_to: "RoundTo",
+    batch_size: int,
+    threads: int | None,
     output: Path,
     pretrained: bool,
     args: tuple[str, ...],
 ) -> None:
     """Prune MODEL to a budget, without training, and save it.
 
-    Give exactly one of --keep, --macs and --params. Load the result with timm.create_model("local-dir:DIR", pretrained=True).
+    Give exactly one of --keep, --macs, --params and --latency. Load the result with timm.create_model("local-dir:DIR", pretrained=True).
     """
     import zoo_compress as zc
+
+    from .profiling.measure import measure_many
 
     if output.exists() and any(output.iterdir()):
         raise CompressError(f"{output}: expected a new or empty folder, found files in it")
     loaded = load_model(model, pretrained, args)
-    small = zc.prune(loaded, keep=keep, macs=macs, params=params, criterion=criterion, scope=scope, round_to=round_to)
+    small = zc.prune(
+        loaded,
+        keep=keep,
+        macs=macs,
+        params=params,
+        latency=latency,
+        criterion=criterion,
+        scope=scope,
+        round_to=round_to,
+        batch_size=batch_size,
+        threads=threads,
+    )
     zc.save(small, output)
     before, after = zc.analyze(loaded), zc.analyze(small)
     click.echo(f"MACs        {before.macs():>14,} → {after.macs():>14,}  ({after.macs() / before.macs():.1%})")
     click.echo(f"parameters  {before.num_params():>14,} → {after.num_params():>14,}  ({after.num_params() / before.num_params():.1%})")
+    if latency is not None or round_to == "auto":
+        slow, fast = measure_many({"before": loaded, "after": small}, batch_size, threads, runs=30).values()
+        times = f"{slow.latency_ms:>14,.2f} → {fast.latency_ms:>14,.2f}  ({fast.latency_ms / slow.latency_ms:.1%})"
+        click.echo(f"ms a pass   {times}  batch {batch_size}, {plural(fast.threads, 'thread')}")
     click.echo(f"saved to {output}; nothing was fine-tuned")
 
 
@@ -215,7 +258,12 @@ def measure(models: tuple[str, ...], batch_size: int, threads: int | None, runs:
         latency = f"{cost.latency_ms:.2f} ± {cost.latency_iqr_ms / 2:.2f}"
         click.echo(f"{name:{width}}  {cost.params:>13,}  {cost.macs:>16,}  {cost.peak_memory / 1e6:>10.1f}  {latency:>31}")
     first = next(iter(costs.values()))
-    click.echo(f"batch {first.batch_size}, {first.threads} thread{'s' * (first.threads > 1)}")
+    click.echo(f"batch {first.batch_size}, {plural(first.threads, 'thread')}")
+
+
+def plural(count: int, what: str) -> str:
+    """`1 thread`, `2 threads`."""
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def load_model(name: str, pretrained: bool = False, args: Sequence[str] = ()) -> "nn.Module":

@@ -96,16 +96,17 @@ def budget_of_round(action: PruneRound, size: float) -> dict[str, float]:
 
     Args:
         action: the round.
-        size: MACs or parameters, whichever is limited, of the model before the first round; unused for `keep` and single rounds.
+        size: MACs or parameters, whichever is limited, of the model before the first round; unused for `keep`, `latency` and single
+            rounds.
 
     Returns:
-        One keyword argument. `keep` is a fraction of the model as it stands; `macs` and `params` are counts, so that rounds don't add up
-        their rounding.
+        One keyword argument. `keep` and `latency` are fractions of the model as it stands; `macs` and `params` are counts, so that
+        rounds don't add up their rounding.
     """
     (name, limit), rounds = action.stage.budget, action.stage.num_rounds
     if rounds == 1:
         return {name: limit}
-    if name == "keep":
+    if name in ("keep", "latency"):
         return {name: limit ** (1 / rounds)}
     target = limit if limit > 1 else limit * size
     return {name: size * (target / size) ** (action.round / rounds)}

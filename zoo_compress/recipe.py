@@ -13,6 +13,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, Validati
 from .errors import RecipeError
 from .training.config import Config, Count, DataConfig, FinetuneConfig, Positive, TrainConfig
 
+BUDGETS = ("keep", "macs", "params", "latency")
+
 REMOVED_PER_ROUND = 0.1
 """`rounds: auto` prunes in as many rounds as it takes for each to remove about this fraction of what is left."""
 
@@ -81,9 +83,11 @@ class FinetuneStage(FinetuneConfig):
 class PruneStage(Config):
     """Prune to a budget, at once or in rounds.
 
-    Exactly one of `keep`, `macs` and `params` is given, as in `zoo_compress.prune`: up to 1 a fraction kept, above 1 a count.
+    Exactly one of `keep`, `macs`, `params` and `latency` is given, as in `zoo_compress.prune`: up to 1 a fraction kept, above 1 a count
+    (milliseconds). Latency is measured as the recipe's `measure` says; what depends on measured times differs from run to run.
 
     Attributes:
+        round_to: preferred multiple for sizes, or `auto` to find it out by measuring.
         rounds: how often to prune, in geometric steps to the budget, each but the last followed by `finetune`;
             `auto` removes about 10% of what is left each time (fractions only).
         finetune: the training between rounds.
@@ -94,9 +98,10 @@ class PruneStage(Config):
     keep: Annotated[float, Field(gt=0, lt=1)] | None = None
     macs: Positive | None = None
     params: Positive | None = None
+    latency: Positive | None = None
     criterion: str = "l2"
     scope: Literal["global", "local"] = "global"
-    round_to: Count = 8
+    round_to: Count | Literal["auto"] = 8
     min_keep: Annotated[float, Field(gt=0, le=1)] = 0.1
     exclude: tuple[str, ...] = ()
     rounds: Count | Literal["auto"] = 1
@@ -114,11 +119,13 @@ class PruneStage(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> "PruneStage":
-        given = [name for name in ("keep", "macs", "params") if getattr(self, name) is not None]
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"expected exactly one of keep, macs, params, found {' and '.join(given) or 'none'}")
+            raise ValueError(f"expected exactly one of {', '.join(BUDGETS)}, found {' and '.join(given) or 'none'}")
         if self.rounds == "auto" and self.budget[1] > 1:
             raise ValueError("expected a number of rounds beside an absolute budget, found 'auto'")
+        if self.latency is not None and self.latency > 1 and self.rounds != 1:
+            raise ValueError("expected a latency as a fraction beside several rounds, found milliseconds")
         if self.rounds != 1 and self.finetune is None:
             raise ValueError("expected finetune settings for the training between rounds, found none")
         if self.rounds == 1 and self.finetune is not None:
@@ -127,8 +134,8 @@ class PruneStage(Config):
 
     @property
     def budget(self) -> tuple[str, float]:
-        """The quantity that is limited (`keep`, `macs` or `params`) and its limit."""
-        return next((name, value) for name in ("keep", "macs", "params") if (value := getattr(self, name)) is not None)
+        """The quantity that is limited, one of `BUDGETS`, and its limit."""
+        return next((name, value) for name in BUDGETS if (value := getattr(self, name)) is not None)
 
     @property
     def num_rounds(self) -> int:
@@ -179,7 +186,7 @@ Stage = Annotated[
 
 
 class MeasureConfig(Config):
-    """How latency is measured: see `zoo_compress.profiling.measure`."""
+    """How latency is measured: see `zoo_compress.measure`."""
 
     batch_size: Count = 1
     threads: Count | None = None

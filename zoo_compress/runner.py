@@ -224,12 +224,13 @@ def _prune_step(run: Run, step: Step) -> Result:
         return Result()
     stage, model = action.stage, zc.load(run.latest())
     before = zc.analyze(model)
-    size = {"macs": before.macs(), "params": before.num_params(), "keep": 1}
+    size = {"macs": before.macs(), "params": before.num_params(), "keep": 1, "latency": 1}
     base: Any = size if action.first == step.name else run.record.step(action.first).metrics["before"]
     seed = reseed(run.recipe.seed, step.index, 0)
+    budget: Any = budget_of_round(action, base[stage.budget[0]])
     small = zc.prune(
         model,
-        **budget_of_round(action, base[stage.budget[0]]),
+        **budget,
         criterion=stage.criterion,
         scope=stage.scope,
         round_to=stage.round_to,
@@ -238,6 +239,8 @@ def _prune_step(run: Run, step: Step) -> Result:
         data=calibration_batches(run.source, run.recipe.data, model, stage.calibration_batches),
         layout=before,
         seed=seed,
+        batch_size=run.recipe.measure.batch_size,
+        threads=run.recipe.measure.threads,
     )
     after = zc.analyze(small)
     metrics = {"before": size, "after": {"macs": after.macs(), "params": after.num_params()}}

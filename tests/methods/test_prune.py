@@ -175,7 +175,7 @@ def test_random_is_reproducible_and_leaves_the_generator_alone(model, layout):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "exactly one of keep, macs and params, found none"),
+        ({}, "exactly one of keep, macs, params and latency, found none"),
         ({"keep": 0.5, "macs": 0.5}, "exactly one of .* found keep, macs"),
         ({"macs": 0}, "fraction in"),
         ({"macs": -0.5}, "fraction in"),

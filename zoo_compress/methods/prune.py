@@ -10,6 +10,7 @@ import numpy as np
 from torch import nn
 
 from ..errors import CompressError
+from ..profiling.search import RoundTo, search
 from ..structure import terms
 from ..structure.budget import Budget, meet
 from ..structure.layout import Layout, parse
@@ -19,44 +20,57 @@ from ..surgery.trace import analyze, empty_input
 from ..surgery.verify import check_runs
 from .criteria import Data, scores
 
+BUDGETS = ("keep", "macs", "params", "latency")
+
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """How to prune. Exactly one of `keep`, `macs` and `params` is given: a fraction to keep, or a count when above 1.
+    """How to prune. Exactly one of `keep`, `macs`, `params` and `latency` is given: a fraction to keep, or a count when above 1.
 
     Attributes:
         keep: Channels (elements of all free axes together; in the local scope, of each) to keep.
         macs: Multiply-accumulates to keep.
         params: Parameters to keep.
+        latency: Measured latency to keep; milliseconds when above 1.
         criterion: Importance criterion, a key of `criteria.CRITERIA`.
         scope: See `Budget.scope`.
-        round_to: See `Budget.round_to`.
+        round_to: See `Budget.round_to`; `auto` finds out by measuring.
         min_keep: See `Budget.min_keep`.
         exclude: Axes to leave alone: names of axes, or patterns of parameter names such as `layer4.*`.
         seed: For the random criterion.
+        batch_size: Images in a pass that is measured.
+        threads: CPU threads of a pass that is measured; None takes what torch is set to.
     """
 
     keep: float | None = None
     macs: float | None = None
     params: float | None = None
+    latency: float | None = None
     criterion: str = "l2"
     scope: str = "global"
-    round_to: int = 8
+    round_to: RoundTo = 8
     min_keep: float = 0.1
     exclude: tuple[str, ...] = ()
     seed: int = 0
+    batch_size: int = 1
+    threads: int | None = None
 
     def __post_init__(self) -> None:
-        budgets = [name for name in ("keep", "macs", "params") if getattr(self, name) is not None]
+        budgets = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(budgets) != 1:
-            raise CompressError(f"prune: expected exactly one of keep, macs and params, found {', '.join(budgets) or 'none'}")
+            raise CompressError(f"prune: expected exactly one of keep, macs, params and latency, found {', '.join(budgets) or 'none'}")
         _ = self.budget  # checks the values
 
     @property
     def budget(self) -> Budget:
-        """The one of the three that is given."""
-        kind, value = next((name, value) for name in ("keep", "macs", "params") if (value := getattr(self, name)) is not None)
-        return Budget(kind, value, self.scope, self.round_to, self.min_keep)
+        """The one of the four that is given; without the multiple where that is measured."""
+        kind, value = next((name, value) for name in BUDGETS if (value := getattr(self, name)) is not None)
+        return Budget(kind, value, self.scope, 1 if self.round_to == "auto" else self.round_to, self.min_keep)
+
+    @property
+    def measured(self) -> bool:
+        """Whether widths are chosen by measuring."""
+        return self.latency is not None or self.round_to == "auto"
 
 
 def prune(
@@ -65,14 +79,17 @@ def prune(
     keep: float | None = None,
     macs: float | None = None,
     params: float | None = None,
+    latency: float | None = None,
     criterion: str = "l2",
     scope: str = "global",
-    round_to: int = 8,
+    round_to: RoundTo = 8,
     min_keep: float = 0.1,
     exclude: Iterable[str] = (),
     data: Data | None = None,
     layout: Layout | None = None,
     seed: int = 0,
+    batch_size: int = 1,
+    threads: int | None = None,
 ) -> nn.Module:
     """Remove the least important elements of a model's free axes until it fits a budget.
 
@@ -82,14 +99,20 @@ def prune(
         model: The model. It is not changed. A pruned model can be pruned again.
         keep, macs, params: The budget: exactly one of them, the fraction of channels, multiply-accumulates or parameters to keep, or
             how many when above 1.
+        latency: The same as a measured latency on this machine's CPU: a fraction of the model's own, or milliseconds when above 1.
+            The pruned model is built and timed against the model in turns until it meets the fraction within 3 percentage points plus
+            twice the standard error of that measurement. Two calls may choose differently.
         criterion: Importance criterion: l1, l2, bn_scale, lamp, fpgm, random, and, with data, taylor, hessian, obdc.
         scope: `global` ranks all axes together; `local` keeps the same fraction of each.
-        round_to: Preferred multiple for sizes; see `Budget.round_to`.
+        round_to: Preferred multiple for sizes; see `Budget.round_to`. With `auto`, whatever the budget, several multiples and rankings
+            that prefer channels which take little time are built and timed, and the fastest is taken; see `profiling.search`.
         min_keep: No axis keeps less than this fraction of itself.
         exclude: Names of axes, or patterns of parameter names, to leave alone.
         data: Batches of (images (batch, channels, height, width), class indices (batch,)) for criteria that look at data.
         layout: The model's layout, if it is known already.
         seed: For the random criterion.
+        batch_size: Images in a pass, where latency is measured (`latency=`, `round_to="auto"`).
+        threads: CPU threads, there; None takes what torch is set to.
 
     Returns:
         A new model within 2 percentage points of the budget.
@@ -98,13 +121,16 @@ def prune(
         CompressError: On bad arguments, or if no choice comes within 2 percentage points of the budget; the error says what is reachable.
     """
     exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-    config = PruneConfig(keep, macs, params, criterion, scope, round_to, min_keep, exclude, seed)
+    config = PruneConfig(keep, macs, params, latency, criterion, scope, round_to, min_keep, exclude, seed, batch_size, threads)
     if layout is None:
         layout = analyze(model)
     check_fits(model, layout)
     candidates = _candidates(layout, config.exclude)
     ranked = scores(model, layout, [name for group in candidates for name in group.axes], criterion, data, seed)
-    sizes = meet(layout, candidates, ranked, config.budget)
+    if config.measured:
+        sizes = search(model, layout, candidates, ranked, config.budget, round_to, batch_size=batch_size, threads=threads)
+    else:
+        sizes = meet(layout, candidates, ranked, config.budget)
     small = resize(model, layout, {name: _best(ranked[name], size) for name, size in sizes.items()})
     # What does not run as computed is not given out.
     check_runs(small, layout, sizes, empty_input(small, layout.input_shape))

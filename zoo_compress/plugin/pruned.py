@@ -34,9 +34,9 @@ def create(base: str, **kwargs: Any) -> nn.Module:
             `out_indices`, …), the base's own (`num_classes`, `in_chans`, …), and either
 
             - `variant`: a record, as config.json holds it. With `pretrained=True` weights come from where the cfg points to; or
-            - one of `keep`, `macs`, `params` and further options of `zoo_compress.prune` that are JSON values. With `pretrained=True`
-              the base's weights are pruned (`base_tag` chooses which) and nothing is fine-tuned. Without, the sizes depend on the
-              budget alone: `scope` is `"local"` unless given, since a ranking of random weights means nothing.
+            - one of `keep`, `macs`, `params`, `latency` and further options of `zoo_compress.prune` that are JSON values. With
+              `pretrained=True` the base's weights are pruned (`base_tag` chooses which) and nothing is fine-tuned. Without, the sizes
+              depend on the budget alone: `scope` is `"local"` unless given, since a ranking of random weights means nothing.
 
     Returns:
         The model, or the base's own feature extractor around it.
@@ -161,8 +161,10 @@ def _pruned(
 
     tag = options.pop("base_tag", None)
     options.pop("variant", None)
-    if not any(options.get(budget) is not None for budget in ("keep", "macs", "params")):
-        raise CompressError(f"{name}: expected keep=, macs= or params= (how much to keep) or variant= (a stored record), found none")
+    if not any(options.get(budget) is not None for budget in ("keep", "macs", "params", "latency")):
+        raise CompressError(
+            f"{name}: expected keep=, macs=, params= or latency= (how much to keep) or variant= (a stored record), found none"
+        )
     if pretrained:
         _check_pretrained(base, tag, overlay)
         source = f"{base}.{tag}" if tag else base

@@ -34,8 +34,8 @@ class Budget:
     """What to keep of a model.
 
     Attributes:
-        kind: `keep` (elements of the axes that may change), `macs` or `params`.
-        value: A fraction in (0, 1], or a count above 1.
+        kind: `keep` (elements of the axes that may change), `macs`, `params` or `latency`.
+        value: A fraction in (0, 1], or a count (milliseconds) above 1.
         scope: `global`, one ranking over all axes; or `local`, the same fraction of every axis.
         round_to: Preferred multiple for sizes, a power of two. Axes with few elements take smaller powers of two, and so do all axes
             where the budget would be missed otherwise.
@@ -54,7 +54,7 @@ class Budget:
         if self.scope not in ("global", "local"):
             raise CompressError(f"prune: scope is 'global' or 'local', found {self.scope!r}")
         if _is_bad(self.round_to, (int,)) or self.round_to < 1:
-            raise CompressError(f"prune: round_to is a positive integer, found {self.round_to!r}")
+            raise CompressError(f"prune: round_to is a positive integer or 'auto', found {self.round_to!r}")
         if _is_bad(self.min_keep, (int, float)) or not 0 < self.min_keep <= 1:
             raise CompressError(f"prune: min_keep is a fraction in (0, 1], found {self.min_keep!r}")
 
@@ -63,7 +63,9 @@ def _is_bad(value: object, kinds: tuple[type, ...]) -> bool:
     return isinstance(value, bool) or not isinstance(value, kinds)
 
 
-def meet(layout: Layout, groups: Sequence[Group], scores: Mapping[str, np.ndarray], budget: Budget) -> dict[str, int]:
+def meet(
+    layout: Layout, groups: Sequence[Group], scores: Mapping[str, np.ndarray], budget: Budget, *, latency: Polynomial | None = None
+) -> dict[str, int]:
     """Sizes of all axes in `groups` that meet a budget.
 
     One number (a threshold on the ranking, or a fraction of every axis) is bisected until the rounded sizes fit; then single steps, the
@@ -73,13 +75,14 @@ def meet(layout: Layout, groups: Sequence[Group], scores: Mapping[str, np.ndarra
         layout: The model's layout.
         groups: The groups of axes that may change; those with an axis that has no score stay as they are.
         scores: Axis → worth of each element, comparable between axes.
-        budget: What to keep.
+        budget: What to keep; a latency only as a fraction.
+        latency: Time of one pass as a polynomial in the sizes of axes; needed where that is what the budget limits.
 
     Raises:
         WidthError: If no choice comes within `TOLERANCE` of the budget, saying what is reachable.
     """
     ladders = [_Ladder(group, scores, budget) for group in groups if all(name in scores for name in group.axes)]
-    costs = _costs(layout, ladders, budget.kind)
+    costs = _costs(layout, ladders, budget.kind, latency)
     totals = [cost([ladder.group.steps for ladder in ladders]) for cost in costs]
     samples = layout.batch if budget.kind == "macs" else 1
     target = budget.value if budget.value <= 1 else budget.value * samples / totals[0]
@@ -155,13 +158,16 @@ class _Cost:
         return sum(polynomial(sizes) for polynomial in self._polynomials)
 
 
-def _costs(layout: Layout, ladders: Sequence[_Ladder], kind: str) -> list[_Cost]:
+def _costs(layout: Layout, ladders: Sequence[_Ladder], kind: str, latency: Polynomial | None) -> list[_Cost]:
     """What the budget counts, and where counters disagree about it, the other way to count."""
     if kind == "keep":
         names = [name for ladder in ladders for name in ladder.group.axes]
         return [_Cost(layout, ladders, [Polynomial(((name, 1) for name in names), tuple(layout.axes))])]
     if kind == "params":
         return [_Cost(layout, ladders, [layout.params_polynomial])]
+    if kind == "latency":
+        assert latency is not None
+        return [_Cost(layout, ladders, [latency])]
     everything = _Cost(layout, ladders, [layout.macs_polynomial, layout.fused_macs_polynomial])
     return [everything, _Cost(layout, ladders, [layout.macs_polynomial])] if layout.fused_macs_terms else [everything]
 

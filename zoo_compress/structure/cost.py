@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -41,8 +41,8 @@ class Polynomial:
         names: The axes, in the order of the size vectors given to `__call__`.
     """
 
-    def __init__(self, terms: Iterable[tuple[Term, int]], names: Sequence[str]) -> None:
-        total: Counter[Monomial] = Counter()
+    def __init__(self, terms: Iterable[tuple[Term, float]], names: Sequence[str]) -> None:
+        total: defaultdict[Monomial, float] = defaultdict(int)
         for term, count in terms:
             for monomial, coefficient in monomials(term).items():
                 total[monomial] += coefficient * count

@@ -15,7 +15,10 @@ from .layout import Layout, parse
 
 VERSION: Literal[1] = 1
 
-OPTIONS = frozenset({"variant", "keep", "macs", "params", "criterion", "scope", "round_to", "min_keep", "exclude", "seed", "base_tag"})
+OPTIONS = frozenset(
+    {"variant", "keep", "macs", "params", "latency", "criterion", "scope", "round_to", "min_keep", "exclude", "seed", "base_tag"}
+    | {"batch_size", "threads"}
+)
 """Arguments of the plugin's entrypoints that say how to compress; never arguments of a base."""
 
 MAX_SIZE = 2**31 - 1
