@@ -27,6 +27,10 @@ class Group:
         """Sizes of the group's axes at a step in 1…steps."""
         return {name: size * step // self.steps for name, size in zip(self.axes, self.sizes, strict=True)}
 
+    def least(self, min_keep: float) -> int:
+        """The lowest step that keeps at least this fraction of the axes."""
+        return max(1, math.ceil(min_keep * self.steps - 1e-9))
+
 
 def groups(layout: Layout) -> list[Group]:
     """Partition the axes that can change into groups that change in step.
@@ -41,6 +45,11 @@ def groups(layout: Layout) -> list[Group]:
         if chosen:
             found.append(Group(tuple(chosen), tuple(free[a] for a in chosen), math.gcd(*(free[a] for a in chosen))))
     return found
+
+
+def least(layout: Layout, min_keep: float) -> dict[str, int]:
+    """The smallest sizes of the axes that can change, each keeping at least the fraction `min_keep` of itself."""
+    return {name: size for group in groups(layout) for name, size in group.at(group.least(min_keep)).items()}
 
 
 def unsolvable(free: Mapping[str, int], links: Iterable[tuple[Term, Term]]) -> set[str]:

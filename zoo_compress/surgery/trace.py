@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -24,6 +25,7 @@ from ..structure.unify import Variable
 from . import metadata
 from .finish import finish
 from .functions import FUNCTIONS
+from .kernels import Kernels
 from .rules import COSTLY, RULES, elementwise
 from .sizes import equalities
 from .tracer import MODEL_ERRORS, Tracer, named_tensors
@@ -141,6 +143,8 @@ def _copy_without_data(model: nn.Module) -> nn.Module:
     """A copy whose tensors have shapes and no data."""
     memo: dict[int, Any] = {}
     for module in model.modules():
+        # A module has a dozen dictionaries for hooks; copying the empty ones one by one takes longer than everything else.
+        memo.update({id(value): type(value)() for value in vars(module).values() if type(value) in (dict, OrderedDict) and not value})
         for tensors in (module._parameters, module._buffers, vars(module)):
             for tensor in tree_leaves(list(tensors.values())):
                 if isinstance(tensor, torch.Tensor) and id(tensor) not in memo:
@@ -207,13 +211,14 @@ class _Operations(TorchDispatchMode):
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()
         self.tracer = tracer
+        self.kernels = Kernels()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tracer = self.tracer
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         tracer.seen.update(map(id, tensors))
-        out = func(*args, **kwargs)
+        out = self.kernels(func, args, kwargs)
         if not tracer.quiet:
             self._apply(func, args, kwargs, tensors, out)
         return out
