@@ -22,7 +22,7 @@ from ..structure import unify as u
 from ..structure.layout import Layout
 from ..structure.terms import Term
 from ..structure.unify import Variable
-from . import metadata
+from . import metadata, recurrent  # noqa: F401 - importing registers the handlers of recurrent layers
 from .finish import finish
 from .functions import FUNCTIONS
 from .kernels import Kernels
