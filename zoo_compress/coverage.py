@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import timm
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from torch import nn
 from tqdm import tqdm
 
@@ -81,15 +81,10 @@ class CoverageRow(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _read_cell(cls, value: Any) -> Any:
-        if value == "":
+    def _read_cell(cls, value: Any, info: ValidationInfo) -> Any:
+        if value == "" and info.field_name != "reason":
             return None
-        return json.loads(value) if isinstance(value, str) and value.startswith("{") else value
-
-    @field_validator("reason", mode="before")
-    @classmethod
-    def _read_text(cls, value: Any) -> Any:
-        return value or ""
+        return json.loads(value) if info.field_name in ("unknown", "frozen") and isinstance(value, str) else value
 
     def cells(self) -> dict[str, Any]:
         """The row as it stands in the file."""

@@ -378,7 +378,7 @@ class Recurrent(nn.Module):
         self.rnn = kind(16, 12, batch_first=True, **options)
 
     def forward(self, x):
-        batch, _, height, width = x.shape
+        batch, _, height, _ = x.shape
         out, state = self.rnn(x.permute(0, 2, 3, 1).flatten(0, 1))
         if self.last:
             state = state[0] if isinstance(state, tuple) else state
