@@ -21,21 +21,27 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import timm
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from .errors import AnalysisError, CompressError, VerificationError
 from .structure.layout import Layout
 from .structure.widths import least
-from .surgery.trace import analyze
-from .surgery.verify import prove_permutation
+from .surgery.resize import resize
+from .surgery.trace import analyze, empty_input
+from .surgery.tracer import MODEL_ERRORS
+from .surgery.verify import prove_permutation, random_widths
 from .training.checkpoint import write_atomic
 
 MIN_KEEP = 0.1
 """The fraction of every axis that stays where the table says which share of MACs is reachable; `prune`'s own default."""
+
+MACS_TOLERANCE = 1e-3
 
 
 class CoverageRow(BaseModel):
@@ -43,7 +49,8 @@ class CoverageRow(BaseModel):
 
     Attributes:
         name: timm architecture.
-        status: `ok`; `failed`, no layout; `wrong`, the permutation proof found the layout wrong; `unproven`, the proof did not end.
+        status: `ok`; `failed`, no layout; `wrong`, the permutation proof or a run at random widths refuted the layout; `unproven`, the
+            permutation proof did not end.
         reason: why it is not `ok`.
         seconds: of the analysis.
         peak_mb: memory that creating and analysing the architecture took, in MiB.
@@ -53,6 +60,7 @@ class CoverageRow(BaseModel):
         free_share: share of the parameters that a free axis runs along, in 0…1.
         macs: multiply-accumulates of one image.
         reachable: least fraction of them that a choice of widths reaches which keeps a tenth of every axis.
+        macs_error: relative difference of the layout's MACs and a real count, at random widths.
         links: pairs of sizes that must stay equal.
         unknown: operations that have no rule → how often.
         frozen: reason → number of axes that are frozen for it.
@@ -73,6 +81,7 @@ class CoverageRow(BaseModel):
     free_share: float | None = None
     macs: int | None = None
     reachable: float | None = None
+    macs_error: float | None = None
     links: int | None = None
     unknown: dict[str, int] = {}
     frozen: dict[str, int] = {}
@@ -180,7 +189,32 @@ def survey(name: str) -> CoverageRow:
     row = describe(name, layout)
     row.seconds = round(time.perf_counter() - started, 3)
     row.peak_mb = round(_peak_mb() - before, 1)
-    return row
+    try:
+        row.macs_error = macs_error(model, layout)
+        wrong = f"the layout's MACs differ from a count by {row.macs_error:.2%}" if row.macs_error > MACS_TOLERANCE else ""
+    except MODEL_ERRORS as error:
+        wrong = f"does not run at random widths: {type(error).__name__}: {error}"
+    return row.model_copy(update={"status": "wrong", "reason": wrong}) if wrong else row
+
+
+def macs_error(model: nn.Module, layout: Layout, seed: int = 0) -> float:
+    """Run a model without data at random widths and count its MACs with torch's counter.
+
+    Args:
+        model: On the meta device.
+        layout: Its layout.
+        seed: Of the widths.
+
+    Returns:
+        Relative difference between the count and the layout's arithmetic. Without data, fused attention runs as the two products it
+        consists of, so that they are counted too.
+    """
+    widths = random_widths(layout, np.random.default_rng(seed))
+    resized = resize(model, layout, widths).requires_grad_(False)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        resized(empty_input(resized, layout.input_shape))
+    counted, computed = counter.get_total_flops() / 2 / layout.batch, layout.macs(widths)
+    return abs(counted - computed) / max(computed, 1)
 
 
 def describe(name: str, layout: Layout) -> CoverageRow:
@@ -297,6 +331,7 @@ def summary(rows: Sequence[CoverageRow]) -> str:
         ("peak memory, MiB", "peak_mb", ".0f"),
         ("share of parameters on free axes", "free_share", ".4f"),
         ("reachable MACs", "reachable", ".3f"),
+        ("MACs against a count", "macs_error", ".1e"),
         ("permutation error", "permutation_error", ".1e"),
     ):
         found = {row.name: getattr(row, attribute) for row in analysed if getattr(row, attribute) is not None}

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from ..errors import AnalysisError, VerificationError
 from ..structure import terms
 from ..structure.layout import Layout, Widths, parse
-from ..structure.widths import Group, groups
+from ..structure.widths import groups
 from .modules import clear_caches
 from .resize import check_fits, permuted_copy, picks, resize
 from .trace import analyze, default_input
@@ -66,9 +66,7 @@ def verify(model: nn.Module, layout: Layout, example_input: torch.Tensor | None 
     example = example_input if example_input is not None else default_input(model)
     subject, image = _subject(model, tuple(example.shape), seed, double=True)
     change = _permutation_proof(subject, layout, generator, image)
-    widths = {}
-    for group in groups(layout):
-        widths.update(_shrunk(group, layout, generator))
+    widths = random_widths(layout, generator)
     macs = _resize_proof(subject, layout, widths, image)
     zeroing = _zeroing_error(subject, layout, widths, image)
     if zeroing is not None and not zeroing < TOLERANCE:
@@ -187,11 +185,14 @@ def _guilty(
     return f"{name!r} (in {', '.join(places[:4])}{', …' if len(places) > 4 else ''})"
 
 
-def _shrunk(group: Group, layout: Layout, generator: np.random.Generator) -> dict[str, np.ndarray]:
-    """The group at a random smaller step, keeping random elements in their order."""
-    step = int(generator.integers(max(1, group.steps // 2), max(2, group.steps)))
-    sizes = group.at(step)
-    return {name: np.sort(generator.choice(layout.axes[name].size, size, replace=False)) for name, size in sizes.items()}
+def random_widths(layout: Layout, generator: np.random.Generator) -> dict[str, np.ndarray]:
+    """A choice that shrinks every group of axes to a random smaller step, of at least half, and keeps random elements in their order."""
+    widths = {}
+    for group in groups(layout):
+        step = int(generator.integers(max(1, group.steps // 2), max(2, group.steps)))
+        for name, size in group.at(step).items():
+            widths[name] = np.sort(generator.choice(layout.axes[name].size, size, replace=False))
+    return widths
 
 
 def _resize_proof(model: nn.Module, layout: Layout, widths: Mapping[str, np.ndarray], image: torch.Tensor) -> int:
