@@ -32,6 +32,7 @@ from tqdm import tqdm
 from .errors import AnalysisError, CompressError, VerificationError
 from .structure.layout import Layout
 from .structure.widths import least
+from .surgery.kernels import Kernels
 from .surgery.resize import resize
 from .surgery.trace import analyze, empty_input
 from .surgery.tracer import MODEL_ERRORS
@@ -211,7 +212,7 @@ def macs_error(model: nn.Module, layout: Layout, seed: int = 0) -> float:
     """
     widths = random_widths(layout, np.random.default_rng(seed))
     resized = resize(model, layout, widths).requires_grad_(False)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with Kernels(), FlopCounterMode(display=False) as counter, torch.no_grad():
         resized(empty_input(resized, layout.input_shape))
     counted, computed = counter.get_total_flops() / 2 / layout.batch, layout.macs(widths)
     return abs(counted - computed) / max(computed, 1)

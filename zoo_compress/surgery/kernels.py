@@ -6,17 +6,22 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class Kernels:
-    """Runs ATen operations, each once for arguments of the same shapes.
+class Kernels(TorchDispatchMode):
+    """Runs ATen operations, each once for arguments of the same shapes. As a mode, those within it; as a function, one.
 
     Without data, an operation only has to find the shape of its result. Where torch does that in Python (normalisations, activations) it
     takes milliseconds, and networks repeat their blocks.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._known: dict[Any, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self(func, args, kwargs or {})
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not _makes_new_tensors(func):

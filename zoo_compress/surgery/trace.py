@@ -6,7 +6,6 @@ import copy
 import gc
 import inspect
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -27,6 +26,7 @@ from . import metadata, recurrent  # noqa: F401 - importing registers the handle
 from .finish import finish
 from .functions import FUNCTIONS
 from .kernels import Kernels
+from .modules import copied_dictionaries
 from .rules import COSTLY, RULES, elementwise
 from .sizes import equalities
 from .tracer import MODEL_ERRORS, Tracer, named_tensors
@@ -156,10 +156,8 @@ def _image_terms(image: torch.Tensor) -> list[Term]:
 
 def _copy_without_data(model: nn.Module) -> nn.Module:
     """A copy whose tensors have shapes and no data."""
-    memo: dict[int, Any] = {}
+    memo = copied_dictionaries(model)
     for module in model.modules():
-        # A module has a dozen dictionaries for hooks; copying the empty ones one by one takes longer than everything else.
-        memo.update({id(value): type(value)() for value in vars(module).values() if type(value) in (dict, OrderedDict) and not value})
         for tensors in (module._parameters, module._buffers, vars(module)):
             for tensor in tree_leaves([value for value in tensors.values() if value is not module._modules and id(value) not in memo]):
                 if isinstance(tensor, torch.Tensor) and id(tensor) not in memo:
