@@ -1,8 +1,8 @@
 """The main road on real architectures: analyse, prove, prune to half the MACs, train a step, save, and create again by name.
 
-    pytest tests/test_models.py                           a spread of architectures, in minutes
-    pytest tests/test_models.py --all-families            the smallest architecture of each of timm's model files, in an hour
-    pytest tests/test_models.py --models 'vit_*_dinov3'   any architectures
+pytest tests/test_models.py                           a spread of architectures, in minutes
+pytest tests/test_models.py --all-families            the smallest architecture of each of timm's model files, in an hour
+pytest tests/test_models.py --models 'vit_*_dinov3'   any architectures
 """
 
 from fnmatch import fnmatchcase

@@ -64,8 +64,8 @@ def verify(model: nn.Module, layout: Layout, example_input: torch.Tensor | None 
     _check_fits(model, layout)
     generator = np.random.default_rng(seed)
     example = example_input if example_input is not None else default_input(model)
-    subject, image = _subject(model, tuple(example.shape), seed, double=True)
-    change = _permutation_proof(subject, layout, generator, image)
+    subject, image, expected = _subject(model, tuple(example.shape), seed, double=True)
+    change = _permutation_proof(subject, layout, generator, image, expected)
     widths = random_widths(layout, generator)
     macs = _resize_proof(subject, layout, widths, image)
     zeroing = _zeroing_error(subject, layout, widths, image)
@@ -92,12 +92,12 @@ def prove_permutation(model: nn.Module, layout: Layout, example_input: torch.Ten
     _check_fits(model, layout)
     example = example_input if example_input is not None else default_input(model)
     shape = (1, *example.shape[1:])
-    subject, image = _subject(model, shape, seed, double=False)
-    change = _permutation_error(subject, layout, _movable(layout), np.random.default_rng(seed), image, _run(subject, image))
+    subject, image, expected = _subject(model, shape, seed, double=False)
+    change = _permutation_error(subject, layout, _movable(layout), np.random.default_rng(seed), image, expected)
     if change < ROUNDING:
         return change
-    subject, image = _subject(model, shape, seed, double=True)
-    return _permutation_proof(subject, layout, np.random.default_rng(seed), image)
+    subject, image, expected = _subject(model, shape, seed, double=True)
+    return _permutation_proof(subject, layout, np.random.default_rng(seed), image, expected)
 
 
 def _check_fits(model: nn.Module, layout: Layout) -> None:
@@ -111,8 +111,8 @@ def _movable(layout: Layout) -> list[str]:
     return [name for name in layout.free if not layout.axes[name].ordered and layout.axes[name].size > 1]
 
 
-def _subject(model: nn.Module, shape: tuple[int, ...], seed: int, *, double: bool) -> tuple[nn.Module, torch.Tensor]:
-    """A randomised copy in eval mode and an input for it; with `double`, in double precision if the model runs in it."""
+def _subject(model: nn.Module, shape: tuple[int, ...], seed: int, *, double: bool) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """A randomised copy in eval mode, an input for it and its output; with `double`, in double precision if the model runs in it."""
     generator = torch.Generator().manual_seed(seed)
     image = torch.randn(shape, generator=generator)
     subject = copy.deepcopy(model).cpu().eval().requires_grad_(False)
@@ -122,11 +122,11 @@ def _subject(model: nn.Module, shape: tuple[int, ...], seed: int, *, double: boo
     if double and (parameter is None or parameter.dtype in (torch.float32, torch.float64)):
         precise = copy.deepcopy(subject).double()
         try:
-            _run(precise, image.double())
-            return precise, image.double()
+            return precise, image.double(), _run(precise, image.double())
         except RuntimeError:  # a model that mixes dtypes runs in its own only
             clear_caches(subject)
-    return subject, image.to(parameter.dtype if parameter is not None else image.dtype)
+    image = image.to(parameter.dtype if parameter is not None else image.dtype)
+    return subject, image, _run(subject, image)
 
 
 def _randomise(model: nn.Module, generator: torch.Generator) -> None:
@@ -154,8 +154,10 @@ def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
-def _permutation_proof(model: nn.Module, layout: Layout, generator: np.random.Generator, image: torch.Tensor) -> float:
-    movable, expected = _movable(layout), _run(model, image)
+def _permutation_proof(
+    model: nn.Module, layout: Layout, generator: np.random.Generator, image: torch.Tensor, expected: torch.Tensor
+) -> float:
+    movable = _movable(layout)
     change = _permutation_error(model, layout, movable, generator, image, expected)
     if not change < TOLERANCE:
         names = _guilty(model, layout, movable, generator, image, expected)
