@@ -109,3 +109,15 @@ def has_features(name):
     except (AttributeError, RuntimeError, AssertionError, KeyError, TypeError, ValueError, NotImplementedError):
         return False
     return True
+
+
+def test_a_pruned_naflex_model_still_takes_patches():
+    model = timm.create_model("naflexvit_base_patch16_gap", embed_dim=48, depth=2, num_heads=3, num_classes=10).eval()
+    layout = zc.analyze(model)
+    zc.verify(model, layout)
+    small = zc.prune(model, macs=0.5, layout=layout)
+    places = torch.cartesian_prod(torch.arange(3), torch.arange(5)).expand(2, -1, -1)
+    valid = torch.arange(15) < torch.tensor([[15], [11]])
+    with torch.no_grad():
+        out = small({"patches": torch.randn(2, 15, 16 * 16 * 3), "patch_coord": places, "patch_valid": valid})
+    assert out.shape == (2, 10)

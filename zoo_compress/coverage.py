@@ -1,7 +1,8 @@
 """Coverage: what the engine makes of every architecture in timm's registry, one row each, with no weights allocated.
 
 Each architecture runs in a process of its own, forked from this one with everything imported, so that one that crashes, hangs or needs too
-much memory costs its own row only. The table is written after every architecture; an interrupted run goes on where it stopped.
+much memory costs its own row only; this needs a system that forks (Linux, macOS). The table is written after every architecture; an
+interrupted run goes on where it stopped.
 """
 
 import csv
@@ -11,6 +12,7 @@ import json
 import multiprocessing
 import re
 import resource
+import signal
 import statistics
 import sys
 import time
@@ -290,8 +292,9 @@ def _isolated(work: Callable[..., CoverageRow], args: tuple[Any, ...], time_limi
 
 def _child(sender: Any, work: Callable[..., CoverageRow], args: tuple[Any, ...], memory_limit: float) -> None:
     warnings.simplefilter("ignore")
-    limit = int(memory_limit * 2**30)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    limit, hard = int(memory_limit * 2**30), resource.getrlimit(resource.RLIMIT_DATA)[1]
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
     _warm_up()  # faults the code in, so that it does not count as an architecture's memory
     # Whatever an architecture raises is its row's reason.
     try:
