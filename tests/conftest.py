@@ -6,6 +6,12 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    group = parser.getgroup("zoo_compress", "architectures of tests/test_models.py")
+    group.addoption("--all-families", action="store_true", help="the smallest architecture of each of timm's model files")
+    group.addoption("--models", action="append", default=[], metavar="GLOB", help="architectures of timm's registry; repeatable")
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

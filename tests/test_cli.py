@@ -24,7 +24,7 @@ def saved(tmp_path_factory):
     return folder, invoke("prune", "test_resnet", "--macs", 0.5, "--round-to", 4, "-o", folder, *TINY).output
 
 
-@pytest.mark.parametrize("command", ["run", "inspect", "prune", "eval", "measure"])
+@pytest.mark.parametrize("command", ["run", "inspect", "prune", "eval", "measure", "coverage"])
 def test_help_has_examples(command):
     text = invoke(command, "--help").output
     lines = text[text.index("Examples:") :].splitlines()[1:]
@@ -34,7 +34,7 @@ def test_help_has_examples(command):
 
 def test_help_lists_the_commands():
     text = invoke("--help").output
-    assert all(f"\n  {command} " in text for command in ("run", "inspect", "prune", "eval", "measure"))
+    assert all(f"\n  {command} " in text for command in ("run", "inspect", "prune", "eval", "measure", "coverage"))
 
 
 def test_inspect_shows_layout_and_costs():

@@ -266,6 +266,55 @@ def plural(count: int, what: str) -> str:
     return f"{count} {what}{'s' * (count != 1)}"
 
 
+@cli.command(
+    epilog=examples(
+        "zoo-compress coverage --all",
+        "zoo-compress coverage 'vit_*' resnet50 -o vits.csv --proof-below 30e6",
+    )
+)
+@click.argument("patterns", nargs=-1, metavar="[NAME_OR_GLOB]...")
+@click.option("--all", "everything", is_flag=True, help="Every architecture of timm's registry.")
+@click.option("--proof-below", type=float, default=100e6, show_default=True, help="Prove layouts of models with fewer parameters; 0: none.")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path, dir_okay=False), default="coverage.csv", show_default=True, help="Table to write."
+)
+@click.option("--time-limit", type=click.FloatRange(min=1), default=600, show_default=True, help="Seconds for one analysis or proof.")
+@click.option("--memory-limit", type=click.FloatRange(min=1), default=16, show_default=True, help="GiB for one analysis or proof.")
+@click.option("--retry", is_flag=True, help="Do again what did not end well.")
+@click.option("--fresh", is_flag=True, help="Do everything again.")
+def coverage(
+    patterns: tuple[str, ...],
+    everything: bool,
+    proof_below: float,
+    out: Path,
+    time_limit: float,
+    memory_limit: float,
+    retry: bool,
+    fresh: bool,
+) -> None:
+    """Analyse timm architectures without allocating weights, and prove the layouts of all but the largest.
+
+    Writes one row per architecture to a CSV file after each; a run that was stopped goes on where it was. Prints a summary.
+    """
+    from .coverage import architectures, cover, summary
+
+    if not patterns and not everything:
+        raise CompressError("coverage: expected names or globs of architectures, or --all")
+    rows = cover(
+        architectures(() if everything else patterns),
+        out,
+        proof_below=int(proof_below),
+        time_limit=time_limit,
+        memory_limit=memory_limit,
+        retry=retry,
+        fresh=fresh,
+    )
+    click.echo(summary(rows))
+    wrong = [row.name for row in rows if row.status == "wrong"]
+    if wrong:
+        raise CompressError(f"coverage: the layout is wrong of {', '.join(wrong)}")
+
+
 def load_model(name: str, pretrained: bool = False, args: Sequence[str] = ()) -> "nn.Module":
     """Load what a user calls a model.
 

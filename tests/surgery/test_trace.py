@@ -367,3 +367,42 @@ def test_a_model_that_looks_at_values_is_analysed_too():
 def test_bad_input(model, example, message):
     with pytest.raises(zc.CompressError, match=message):
         zc.analyze(model, example)
+
+
+class Recurrent(nn.Module):
+    """Rows of an image as sequences; with `last`, only the final state is used."""
+
+    def __init__(self, kind, last=False, **options):
+        super().__init__()
+        self.last = last
+        self.rnn = kind(16, 12, batch_first=True, **options)
+
+    def forward(self, x):
+        batch, _, height, _ = x.shape
+        out, state = self.rnn(x.permute(0, 2, 3, 1).flatten(0, 1))
+        if self.last:
+            state = state[0] if isinstance(state, tuple) else state
+            return state.sum(0).unflatten(0, (batch, height)).mean(1)
+        return out.unflatten(0, (batch, height)).mean((1, 2))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "free"),
+    [
+        (nn.LSTM, {}, 2),
+        (nn.GRU, {"bias": False}, 2),
+        (nn.RNN, {"nonlinearity": "relu"}, 2),
+        (nn.LSTM, {"bidirectional": True}, 3),
+        (nn.LSTM, {"bidirectional": True, "num_layers": 2}, 5),
+        (nn.LSTM, {"last": True, "bidirectional": True}, 2),
+        (nn.GRU, {"last": True, "num_layers": 2}, 2),
+        (nn.LSTM, {"proj_size": 6}, 2),
+    ],
+)
+def test_recurrent_layers(kind, options, free):
+    out = 12 * (2 if options.get("bidirectional") and not options.get("last") else 1) if "proj_size" not in options else 6
+    model = Wrapped(Recurrent(kind, **options), out=out)
+    layout = zc.analyze(model, IMAGE)
+    assert len(layout.free) == free, layout
+    assert zc.verify(model, layout, IMAGE).permutation_error < 1e-9
+    assert layout.num_params() == sum(p.numel() for p in model.parameters())

@@ -121,7 +121,7 @@ class _Ladder:
         # Worth of the k-th step: the mean score of the elements it adds, over the group's axes.
         blocks = [np.sort(scores[name])[::-1].reshape(group.steps, -1).mean(axis=1) for name in group.axes]
         self.worth = np.mean(blocks, axis=0)
-        self.least = max(1, math.ceil(budget.min_keep * group.steps - 1e-9))
+        self.least = group.least(budget.min_keep)
         self._round_to = budget.round_to
 
     def times(self, factor: float) -> _Ladder:

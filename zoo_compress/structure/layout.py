@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -80,6 +81,12 @@ class Layout:
     def moves(self, name: str) -> bool:
         """Whether a free axis runs along a parameter or buffer."""
         return any(self.axes[axis].frozen is None for dim in self.params[name] for axis in terms.axes(parse(dim)))
+
+    @property
+    def free_share(self) -> float:
+        """Share of the parameters that a free axis runs along, in 0…1."""
+        sizes = {name: math.prod(terms.size(parse(dim), self.base_sizes) for dim in self.params[name]) for name in self.trained}
+        return sum(size for name, size in sizes.items() if self.moves(name)) / max(sum(sizes.values()), 1)
 
     @cached_property
     def base_sizes(self) -> dict[str, int]:

@@ -78,6 +78,8 @@ def resolve(term: Term) -> Term:
             return term
         term.bound = resolve(term.bound)
         return term.bound
+    if all(variable.bound is None and variable.size > 1 for variable in axes(term)):
+        return term
     return substitute(term, resolve)
 
 

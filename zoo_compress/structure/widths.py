@@ -27,6 +27,10 @@ class Group:
         """Sizes of the group's axes at a step in 1…steps."""
         return {name: size * step // self.steps for name, size in zip(self.axes, self.sizes, strict=True)}
 
+    def least(self, min_keep: float) -> int:
+        """The lowest step that keeps at least this fraction of the axes."""
+        return max(1, math.ceil(min_keep * self.steps - 1e-9))
+
 
 def groups(layout: Layout) -> list[Group]:
     """Partition the axes that can change into groups that change in step.
@@ -41,6 +45,11 @@ def groups(layout: Layout) -> list[Group]:
         if chosen:
             found.append(Group(tuple(chosen), tuple(free[a] for a in chosen), math.gcd(*(free[a] for a in chosen))))
     return found
+
+
+def least(layout: Layout, min_keep: float) -> dict[str, int]:
+    """The smallest sizes of the axes that can change, each keeping at least the fraction `min_keep` of itself."""
+    return {name: size for group in groups(layout) for name, size in group.at(group.least(min_keep)).items()}
 
 
 def unsolvable(free: Mapping[str, int], links: Iterable[tuple[Term, Term]]) -> set[str]:
@@ -72,35 +81,36 @@ def _scaled(component: list[str], links: list[tuple[Term, Term]], free: Mapping[
     """The axes of a component that scale by a common factor while every link keeps its sides equal.
 
     Both sides of a link must scale by the same power. Where one side is a product of several axes, its fastest stays (the head width),
-    unless so few steps remain that letting the fastest scale instead is finer.
+    unless so few steps remain that another way is finer: the slowest stays, or all but one axis of each side.
     """
     inside = set(component)
     own = [link for link in links if any(a in inside for side in link for a in terms.axes(side))]
     if not own:
         return component
-    options = [_homogeneous(component, own, last) for last in (True, False)]
+    options = [_homogeneous(component, own, last, power) for power in (None, 1) for last in (True, False)]
     steps = [math.gcd(*(free[a] for a in option)) if option else 0 for option in options]
-    return options[0] if steps[0] > 4 or steps[0] >= steps[1] else options[1]
+    return options[0 if steps[0] > 4 else steps.index(max(steps))]
 
 
-def _homogeneous(component: list[str], links: list[tuple[Term, Term]], last: bool) -> list[str]:
+def _homogeneous(component: list[str], links: list[tuple[Term, Term]], last: bool, power: int | None) -> list[str]:
+    """The axes that may scale while both sides of every link scale by the same power, which is at most `power`."""
     scaled = dict.fromkeys(component, True)
     changed = True
     while changed:
         changed = False
         for left, right in links:
-            held = _violation(left, right, scaled, last)
+            held = _violation(left, right, scaled, last, power)
             if held is not None:
                 del scaled[held]
                 changed = True
     return list(scaled)
 
 
-def _violation(left: Term, right: Term, scaled: Mapping[str, bool], last: bool) -> str | None:
+def _violation(left: Term, right: Term, scaled: Mapping[str, bool], last: bool, power: int | None) -> str | None:
     """An axis to hold so that both sides come closer to scaling by the same power, or None if they do."""
     parts = [part for side in (left, right) for part in _addends(side)]
     degrees = [len(_inside(part, scaled)) for part in parts]
-    if len(set(degrees)) <= 1:
+    if len(set(degrees)) <= 1 and (power is None or degrees[0] <= power):
         return None
     found = _inside(parts[degrees.index(max(degrees))], scaled)
     return found[-1 if last else 0]

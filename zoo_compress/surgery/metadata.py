@@ -59,8 +59,9 @@ class Spy:
                 return out
 
             vars(model)["forward_features"] = forward_features
+        modules = dict(model.named_modules())
         for info in _feature_info(model):
-            module = dict(model.named_modules()).get(info.get("module", ""))
+            module = modules.get(info.get("module", ""))
             if module is not None:
                 self.handles.append(module.register_forward_hook(self._tap(info["module"])))
 

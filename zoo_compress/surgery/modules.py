@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from typing import Any
 
 from timm.models import FeatureInfo
@@ -93,6 +94,15 @@ def clear_caches(model: nn.Module) -> None:
     model.train()
     for module, training in flags.items():
         module.training = training
+
+
+def copied_dictionaries(model: nn.Module) -> dict[int, Any]:
+    """A memo for `copy.deepcopy(model, memo)` with copies of the empty dictionaries of its modules.
+
+    A module has a dozen dictionaries for hooks; copying the empty ones one by one takes longer than all the rest.
+    """
+    values = (value for module in model.modules() for value in vars(module).values())
+    return {id(value): type(value)() for value in values if type(value) in (dict, OrderedDict) and not value}
 
 
 def _locate(model: nn.Module, path: str) -> tuple[nn.Module, list[Step]]:

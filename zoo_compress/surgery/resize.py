@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from ..errors import WidthError
 from ..structure import terms
 from ..structure.layout import Layout, Widths, parse
 from ..structure.variant import record
-from .modules import clear_caches, make_persistent, set_attribute
+from .modules import clear_caches, copied_dictionaries, make_persistent, set_attribute
 from .origin import origin, stamp
 from .tracer import named_tensors
 
@@ -69,7 +68,7 @@ def permuted_copy(model: nn.Module, layout: Layout, pick: dict[str, np.ndarray])
 
     Parameters that nothing changes are copied too; no tensor is shared with the model.
     """
-    memo: dict[int, Any] = {}
+    memo = copied_dictionaries(model)
     for name, tensor in named_tensors(model):
         chosen = reindex(tensor.detach(), layout.params[name], layout, pick)
         if chosen is not None:

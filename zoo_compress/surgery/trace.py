@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -21,9 +22,11 @@ from ..structure import unify as u
 from ..structure.layout import Layout
 from ..structure.terms import Term
 from ..structure.unify import Variable
-from . import metadata
+from . import metadata, recurrent  # noqa: F401 - importing registers the handlers of recurrent layers
 from .finish import finish
 from .functions import FUNCTIONS
+from .kernels import Kernels
+from .modules import copied_dictionaries
 from .rules import COSTLY, RULES, elementwise
 from .sizes import equalities
 from .tracer import MODEL_ERRORS, Tracer, named_tensors
@@ -55,12 +58,26 @@ def analyze(model: nn.Module, example_input: torch.Tensor | None = None) -> Layo
     failures = []
     for device in ("meta", "cpu"):  # a model that looks at values needs real tensors
         try:
-            return _analyze(model, example, device)
+            with _collector_paused():
+                return _analyze(model, example, device)
         except MODEL_ERRORS as error:
             failures.append(error)
     last = failures[-1]
     shape = tuple(example.shape)
     raise AnalysisError(f"{type(model).__name__} does not run on an input of shape {shape}: {type(last).__name__}: {last}") from last
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Within, no garbage is collected: what an analysis makes lives until its end, and looking through it again and again takes as long as
+    the analysis itself."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def default_input(model: nn.Module) -> torch.Tensor:
@@ -139,12 +156,12 @@ def _image_terms(image: torch.Tensor) -> list[Term]:
 
 def _copy_without_data(model: nn.Module) -> nn.Module:
     """A copy whose tensors have shapes and no data."""
-    memo: dict[int, Any] = {}
+    memo = copied_dictionaries(model)
     for module in model.modules():
         for tensors in (module._parameters, module._buffers, vars(module)):
-            for tensor in tree_leaves(list(tensors.values())):
+            for tensor in tree_leaves([value for value in tensors.values() if value is not module._modules and id(value) not in memo]):
                 if isinstance(tensor, torch.Tensor) and id(tensor) not in memo:
-                    empty = torch.empty_like(tensor, device="meta")
+                    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
                     memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
     return copy.deepcopy(model, memo)
 
@@ -201,19 +218,29 @@ def _takes(handler: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
 _signature = lru_cache(maxsize=None)(inspect.signature)
 
 
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The tensors among an operation's arguments, and in lists among them."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
 class _Operations(TorchDispatchMode):
     """Sees every ATen operation and applies its rule."""
 
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()
         self.tracer = tracer
+        self.kernels = Kernels()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tracer = self.tracer
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        tensors = list(_tensors((*args, *kwargs.values())))
         tracer.seen.update(map(id, tensors))
-        out = func(*args, **kwargs)
+        out = self.kernels(func, args, kwargs)
         if not tracer.quiet:
             self._apply(func, args, kwargs, tensors, out)
         return out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,6 +59,9 @@ class Tracer:
     def dims(self, tensor: torch.Tensor) -> list[Term]:
         """One term per dimension of a tensor; of a tensor that nothing is known of, its sizes as plain numbers."""
         known = getattr(tensor, "_zc_dims", None)
+        if callable(known):
+            self.set(tensor, known())
+            return self.dims(tensor)
         return list(known) if known is not None else [int(n) for n in tensor.shape]
 
     def set(self, tensor: torch.Tensor, terms: Sequence[Term]) -> None:
@@ -69,10 +72,13 @@ class Tracer:
             raise AssertionError(f"{self.where}: rule gave sizes {sizes} for a tensor of shape {shape}")
         tensor._zc_dims = tuple(terms)  # type: ignore[attr-defined]
 
+    def set_when_asked(self, tensor: torch.Tensor, terms: Callable[[], Sequence[Term]]) -> None:
+        """Have the terms of a tensor's dimensions worked out when something first uses it: many never are, and they cost axes."""
+        tensor._zc_dims = terms  # type: ignore[attr-defined]
+
     def is_constant(self, tensor: torch.Tensor) -> bool:
         """Whether no axis is known to run along the tensor."""
-        known = getattr(tensor, "_zc_dims", None)
-        return known is None or all(isinstance(u.resolve(t), int) for t in known)
+        return not hasattr(tensor, "_zc_dims") or all(isinstance(u.resolve(t), int) for t in self.dims(tensor))
 
     @contextmanager
     def sizes_known(self) -> Iterator[None]:

@@ -15,13 +15,15 @@ from torch.utils._pytree import tree_leaves
 from ..errors import AnalysisError, VerificationError
 from ..structure import terms
 from ..structure.layout import Layout, Widths, parse
-from ..structure.widths import Group, groups
+from ..structure.widths import groups
 from .modules import clear_caches
 from .resize import check_fits, permuted_copy, picks, resize
 from .trace import analyze, default_input
 from .tracer import MODEL_ERRORS, named_tensors
 
 TOLERANCE = 1e-4
+ROUNDING = 1e-5
+"""A change that single precision may cause; a larger one is looked at in double precision."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,45 +61,72 @@ def verify(model: nn.Module, layout: Layout, example_input: torch.Tensor | None 
     Raises:
         VerificationError: Naming the axis, parameter or count that fails.
     """
-    try:
-        check_fits(model, layout)
-    except ValueError as error:
-        raise VerificationError(str(error)) from error
+    _check_fits(model, layout)
     generator = np.random.default_rng(seed)
     example = example_input if example_input is not None else default_input(model)
-    torch_generator = torch.Generator().manual_seed(seed)
-    image = torch.randn(example.shape, generator=torch_generator)
-    subject, image = _subject(model, image, torch_generator)
-    expected = _run(subject, image)
-    movable = [name for name in layout.free if not layout.axes[name].ordered and layout.axes[name].size > 1]
-    change = _permutation_error(subject, layout, movable, generator, image, expected)
-    if not change < TOLERANCE:
-        names = _guilty(subject, layout, movable, generator, image, expected)
-        raise VerificationError(f"permutation proof: permuting axis {names} changes the output by {change:.3g} (relative)")
-    widths = {}
-    for group in groups(layout):
-        widths.update(_shrunk(group, layout, generator))
+    subject, image, expected = _subject(model, tuple(example.shape), seed, double=True)
+    change = _permutation_proof(subject, layout, generator, image, expected)
+    widths = random_widths(layout, generator)
     macs = _resize_proof(subject, layout, widths, image)
     zeroing = _zeroing_error(subject, layout, widths, image)
     if zeroing is not None and not zeroing < TOLERANCE:
         raise VerificationError(f"zeroing proof: the shrunk model differs by {zeroing:.3g} (relative) from the zeroed one")
-    return Verification(change, zeroing, tuple(movable), macs)
+    return Verification(change, zeroing, tuple(_movable(layout)), macs)
 
 
-def _subject(model: nn.Module, image: torch.Tensor, generator: torch.Generator) -> tuple[nn.Module, torch.Tensor]:
-    """A randomised copy in eval mode and an input for it, in double precision if the model runs in it."""
+def prove_permutation(model: nn.Module, layout: Layout, example_input: torch.Tensor | None = None, seed: int = 0) -> float:
+    """The permutation proof alone, at the least cost: on one sample, in the model's own precision where its rounding suffices.
+
+    Args:
+        model: The model the layout was inferred of. It is not changed.
+        layout: From `analyze`.
+        example_input: As for `verify`.
+        seed: As for `verify`.
+
+    Returns:
+        Relative change (L2) of the output when every free axis is permuted everywhere it occurs.
+
+    Raises:
+        VerificationError: Naming the parameter that does not fit, or the axis whose permutation changes the output in double precision.
+    """
+    _check_fits(model, layout)
+    example = example_input if example_input is not None else default_input(model)
+    shape = (1, *example.shape[1:])
+    subject, image, expected = _subject(model, shape, seed, double=False)
+    change = _permutation_error(subject, layout, _movable(layout), np.random.default_rng(seed), image, expected)
+    if change < ROUNDING:
+        return change
+    subject, image, expected = _subject(model, shape, seed, double=True)
+    return _permutation_proof(subject, layout, np.random.default_rng(seed), image, expected)
+
+
+def _check_fits(model: nn.Module, layout: Layout) -> None:
+    try:
+        check_fits(model, layout)
+    except ValueError as error:
+        raise VerificationError(str(error)) from error
+
+
+def _movable(layout: Layout) -> list[str]:
+    return [name for name in layout.free if not layout.axes[name].ordered and layout.axes[name].size > 1]
+
+
+def _subject(model: nn.Module, shape: tuple[int, ...], seed: int, *, double: bool) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """A randomised copy in eval mode, an input for it and its output; with `double`, in double precision if the model runs in it."""
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randn(shape, generator=generator)
     subject = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     clear_caches(subject)
     _randomise(subject, generator)
     parameter = next((p for p in subject.parameters() if p.is_floating_point()), None)
-    if parameter is None or parameter.dtype in (torch.float32, torch.float64):
-        double = copy.deepcopy(subject).double()
+    if double and (parameter is None or parameter.dtype in (torch.float32, torch.float64)):
+        precise = copy.deepcopy(subject).double()
         try:
-            _run(double, image.double())
-            return double, image.double()
+            return precise, image.double(), _run(precise, image.double())
         except RuntimeError:  # a model that mixes dtypes runs in its own only
             clear_caches(subject)
-    return subject, image.to(parameter.dtype if parameter is not None else image.dtype)
+    image = image.to(parameter.dtype if parameter is not None else image.dtype)
+    return subject, image, _run(subject, image)
 
 
 def _randomise(model: nn.Module, generator: torch.Generator) -> None:
@@ -125,6 +154,17 @@ def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
+def _permutation_proof(
+    model: nn.Module, layout: Layout, generator: np.random.Generator, image: torch.Tensor, expected: torch.Tensor
+) -> float:
+    movable = _movable(layout)
+    change = _permutation_error(model, layout, movable, generator, image, expected)
+    if not change < TOLERANCE:
+        names = _guilty(model, layout, movable, generator, image, expected)
+        raise VerificationError(f"permutation proof: permuting axis {names} changes the output by {change:.3g} (relative)")
+    return change
+
+
 def _permutation_error(
     model: nn.Module, layout: Layout, names: Sequence[str], generator: np.random.Generator, image: torch.Tensor, expected: torch.Tensor
 ) -> float:
@@ -147,11 +187,14 @@ def _guilty(
     return f"{name!r} (in {', '.join(places[:4])}{', …' if len(places) > 4 else ''})"
 
 
-def _shrunk(group: Group, layout: Layout, generator: np.random.Generator) -> dict[str, np.ndarray]:
-    """The group at a random smaller step, keeping random elements in their order."""
-    step = int(generator.integers(max(1, group.steps // 2), max(2, group.steps)))
-    sizes = group.at(step)
-    return {name: np.sort(generator.choice(layout.axes[name].size, size, replace=False)) for name, size in sizes.items()}
+def random_widths(layout: Layout, generator: np.random.Generator) -> dict[str, np.ndarray]:
+    """A choice that shrinks every group of axes to a random smaller step, of at least half, and keeps random elements in their order."""
+    widths = {}
+    for group in groups(layout):
+        step = int(generator.integers(max(1, group.steps // 2), max(2, group.steps)))
+        for name, size in group.at(step).items():
+            widths[name] = np.sort(generator.choice(layout.axes[name].size, size, replace=False))
+    return widths
 
 
 def _resize_proof(model: nn.Module, layout: Layout, widths: Mapping[str, np.ndarray], image: torch.Tensor) -> int:
