@@ -8,6 +8,7 @@ from .methods.prune import prune
 from .plugin import load, save
 from .profiling.measure import Measurement, measure
 from .structure.layout import Axis, Layout
+from .surgery.calibrate import calibrate
 from .surgery.resize import resize
 from .surgery.trace import analyze
 from .surgery.verify import Verification, verify
@@ -24,6 +25,7 @@ __all__ = [
     "VerificationError",
     "WidthError",
     "analyze",
+    "calibrate",
     "load",
     "measure",
     "prune",

@@ -31,12 +31,13 @@ class Criterion:
     """One importance criterion.
 
     Attributes:
-        importance: Name of the class in `torch_pruning.importance`, and its arguments.
+        importance: Name of the class in `torch_pruning.importance`; None for criteria that `damage.damage_scores` works out.
+        arguments: Its arguments.
         statistic: What to gather from data before scoring: parameter name → tensor of its shape; None for criteria on weights alone.
         source: The paper.
     """
 
-    importance: str
+    importance: str | None
     arguments: dict[str, Any] = field(default_factory=dict)
     statistic: Statistic | None = None
     source: str = ""
@@ -74,8 +75,21 @@ CRITERIA: dict[str, Criterion] = {
     "random": Criterion("RandomImportance", source="baseline"),
     "taylor": Criterion("GroupTaylorImportance", statistic=gradient, source="Molchanov et al. 2019, Importance Estimation for Pruning"),
     "hessian": Criterion("GroupHessianImportance", statistic=squared_gradient, source="LeCun et al. 1989, Optimal Brain Damage"),
+    "thinet": Criterion(None, source="Luo et al. 2017, ThiNet; see damage"),
     "obdc": Criterion("OBDCImportance", {"num_classes": -1}, statistic=squared_gradient, source="Wang et al. 2019, EigenDamage, section 3"),
 }
+
+
+def lookup(criterion: str) -> Criterion:
+    """The criterion of that name.
+
+    Raises:
+        CompressError: If there is none.
+    """
+    found = CRITERIA.get(criterion)
+    if found is None:
+        raise CompressError(f"criterion: expected one of {', '.join(CRITERIA)}, found {criterion!r}")
+    return found
 
 
 def scores(
@@ -87,7 +101,7 @@ def scores(
         model: The model, not changed.
         layout: Its layout.
         names: Axes to score.
-        criterion: A key of `CRITERIA`.
+        criterion: A key of `CRITERIA` that has an importance.
         data: Batches of (images (batch, channels, height, width), class indices (batch,)) for criteria that need them.
         seed: For the random criterion.
 
@@ -99,9 +113,9 @@ def scores(
     """
     from torch_pruning.pruner import importance
 
-    chosen = CRITERIA.get(criterion)
-    if chosen is None:
-        raise CompressError(f"criterion: expected one of {', '.join(CRITERIA)}, found {criterion!r}")
+    chosen = lookup(criterion)
+    if chosen.importance is None:
+        raise ValueError(f"criterion {criterion!r} is no importance of torch-pruning")
     statistics: dict[str, torch.Tensor] = {}
     if chosen.statistic is not None:
         statistics = _gather(model, chosen.statistic, criterion, data)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import numpy as np
+import torch
 from torch import nn
 
 from ..errors import CompressError
@@ -15,10 +16,15 @@ from ..structure import terms
 from ..structure.budget import Budget, meet
 from ..structure.layout import Layout, parse
 from ..structure.widths import Group, groups
+from ..surgery.calibrate import follow_
+from ..surgery.images import image_batches
+from ..surgery.moments import Moments, gather
+from ..surgery.reconstruct import reconstruct_
 from ..surgery.resize import check_fits, resize
 from ..surgery.trace import analyze, empty_input
 from ..surgery.verify import check_runs
-from .criteria import Data, scores
+from .criteria import Data, lookup, scores
+from .damage import UNREAD, damage_scores
 
 BUDGETS = ("keep", "macs", "params", "latency")
 
@@ -86,6 +92,7 @@ def prune(
     min_keep: float = 0.1,
     exclude: Iterable[str] = (),
     data: Data | None = None,
+    reconstruct: Iterable[object] | None = None,
     layout: Layout | None = None,
     seed: int = 0,
     batch_size: int = 1,
@@ -93,7 +100,9 @@ def prune(
 ) -> nn.Module:
     """Remove the least important elements of a model's free axes until it fits a budget.
 
-    Nothing is fine-tuned: the accuracy of what comes out is that of the weights that stay.
+    Nothing is trained. Without `reconstruct` the accuracy of what comes out is that of the weights that stay, which is often that of
+    guessing. With it, least squares restores what every layer gave from the channels that stay, and the running statistics of BatchNorms
+    are changed as the removal changed them: see `surgery.reconstruct` and `surgery.calibrate`.
 
     Args:
         model: The model. It is not changed. A pruned model can be pruned again.
@@ -102,13 +111,16 @@ def prune(
         latency: The same as a measured latency on this machine's CPU: a fraction of the model's own, or milliseconds when above 1.
             The pruned model is built and timed against the model in turns until it meets the fraction within 3 percentage points plus
             twice the standard error of that measurement. Two calls may choose differently.
-        criterion: Importance criterion: l1, l2, bn_scale, lamp, fpgm, random, and, with data, taylor, hessian, obdc.
+        criterion: Importance criterion: l1, l2, bn_scale, lamp, fpgm, random; with data, taylor, hessian, obdc; with images (of
+            `reconstruct` or `data`), thinet, which measures what removal does to the predictions and keeps most accuracy.
         scope: `global` ranks all axes together; `local` keeps the same fraction of each.
         round_to: Preferred multiple for sizes; see `Budget.round_to`. With `auto`, whatever the budget, several multiples and rankings
             that prefer channels which take little time are built and timed, and the fastest is taken; see `profiling.search`.
         min_keep: No axis keeps less than this fraction of itself.
         exclude: Names of axes, or patterns of parameter names, to leave alone.
         data: Batches of (images (batch, channels, height, width), class indices (batch,)) for criteria that look at data.
+        reconstruct: Batches of images, or of tuples that begin with images, preprocessed as the model wants them; a few hundred images
+            without labels do. They are kept in memory (at most `surgery.images.LIMIT`); of activations only second moments are.
         layout: The model's layout, if it is known already.
         seed: For the random criterion.
         batch_size: Images in a pass, where latency is measured (`latency=`, `round_to="auto"`).
@@ -126,15 +138,36 @@ def prune(
         layout = analyze(model)
     check_fits(model, layout)
     candidates = _candidates(layout, config.exclude)
-    ranked = scores(model, layout, [name for group in candidates for name in group.axes], criterion, data, seed)
+    by_damage = lookup(criterion).importance is None
+    images: list[torch.Tensor] = []
+    moments: dict[str, Moments] = {}
+    if reconstruct is not None or by_damage:
+        images = _images(reconstruct if reconstruct is not None else data, criterion)
+        moments = gather(model, layout, images, sensitivity=by_damage, seed=seed)
+    names = [name for group in candidates for name in group.axes]
+    if by_damage:
+        plain = scores(model, layout, names, UNREAD, seed=seed)
+        ranked = damage_scores(model, layout, candidates, moments, images, plain, config.budget.kind)
+    else:
+        ranked = scores(model, layout, names, criterion, data, seed)
     if config.measured:
         sizes = search(model, layout, candidates, ranked, config.budget, round_to, batch_size=batch_size, threads=threads)
     else:
         sizes = meet(layout, candidates, ranked, config.budget)
-    small = resize(model, layout, {name: _best(ranked[name], size) for name, size in sizes.items()})
+    widths = {name: _best(ranked[name], size) for name, size in sizes.items()}
+    small = resize(model, layout, widths)
+    if reconstruct is not None:
+        reconstruct_(small, model, layout, widths, moments)
+        follow_(small, model, layout, widths, images)
     # What does not run as computed is not given out.
     check_runs(small, layout, sizes, empty_input(small, layout.input_shape))
     return small
+
+
+def _images(data: Iterable[object] | None, criterion: str) -> list[torch.Tensor]:
+    if data is None:
+        raise CompressError(f"criterion {criterion!r} looks at images: pass reconstruct= or data=, batches of them")
+    return image_batches(data)
 
 
 def _candidates(layout: Layout, exclude: Sequence[str]) -> list[Group]:

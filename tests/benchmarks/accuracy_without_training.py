@@ -1,0 +1,211 @@
+"""Accuracy without training: top-1 right after pruning, by criterion, with and without reconstruction, beside torch-pruning.
+
+Claim: with a few hundred unlabelled images, a network pretrained on ImageNet keeps most of its accuracy through pruning.
+
+tf_efficientnet_lite0 and mobilenetv2_100 with real weights (tests/pretrained.py says from where) are pruned to fractions of their MACs.
+`--photos` is a folder of photos named by their class index (`0123.jpg`). They are split in two by turns: one part is the calibration data
+(for `reconstruct=`, for criteria that look at data, for re-estimating BatchNorm statistics), the other the test, so no test photo is ever
+calibrated on; `--both` repeats it with the parts exchanged and counts both tests together. Nothing is trained.
+
+Columns: `plain` is what pruning leaves; `statistics` the same after `zc.calibrate`, which re-estimates BatchNorm; `reconstruct` is
+`zc.prune(…, reconstruct=data)`. torch-pruning prunes with its defaults and the same criterion, its ratio bisected until the MACs are met.
+
+    python tests/benchmarks/accuracy_without_training.py --photos PHOTOS --both --out accuracy.csv
+
+Rows are appended to `--out` as they are done, and not done again when the command is run again. About an hour on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import sys
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+from torch import nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import peer
+import pretrained
+
+import zoo_compress as zc
+from zoo_compress.methods import prune as pruning
+
+BATCH = 25
+PREPROCESSING = {
+    # What torchvision's weights were trained with, where it differs from what timm assumes of its own.
+    "mobilenetv2_100": {"interpolation": "bilinear", "crop_pct": 0.875, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
+}
+PEERS = {
+    "l2": ("GroupMagnitudeImportance", {"p": 2}),
+    "lamp": ("LAMPImportance", {}),
+    "fpgm": ("FPGMImportance", {}),
+    "taylor": ("GroupTaylorImportance", {}),
+}
+FIELDS = ("model", "fold", "macs", "by", "criterion", "variant", "correct", "tested", "reached", "seconds")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=Path, required=True)
+    parser.add_argument("--models", nargs="+", default=list(pretrained.SOURCES), choices=list(pretrained.SOURCES))
+    parser.add_argument("--macs", nargs="+", type=float, default=[0.9, 0.8, 0.7, 0.5])
+    parser.add_argument("--criteria", nargs="+", default=["l2", "lamp", "fpgm", "taylor", "thinet"])
+    parser.add_argument("--both", action="store_true", help="also with the two parts exchanged")
+    parser.add_argument("--out", type=Path, default=Path("accuracy.csv"))
+    args = parser.parse_args()
+    rows = Rows(args.out)
+    for name in args.models:
+        model = pretrained.load(name).to(memory_format=torch.channels_last)
+        images, labels = photos(args.photos, model, name)
+        for fold in range(1 + args.both):
+            data = Data(images[fold::2], labels[fold::2], images[1 - fold :: 2], labels[1 - fold :: 2])
+            one_fold(name, fold, model, data, args, rows)
+    print(table(rows))
+
+
+class Rows(dict[tuple[str, ...], dict[str, str]]):
+    """The rows of a CSV file by their first six fields; each new one is written at once."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        if path.exists():
+            with open(path, newline="") as file:
+                for row in csv.DictReader(file):
+                    self[tuple(row[field] for field in FIELDS[:6])] = row
+
+    def add(self, *values: object) -> None:
+        row = dict(zip(FIELDS, map(str, values), strict=True))
+        with open(self.path, "a", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            if not self:
+                writer.writeheader()
+            writer.writerow(row)
+        self[tuple(row[field] for field in FIELDS[:6])] = row
+
+
+class Data:
+    """Calibration and test photos with labels."""
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor, test_images: torch.Tensor, test_labels: torch.Tensor) -> None:
+        self.calibration = list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
+        self.test = list(zip(test_images.split(BATCH), test_labels.split(BATCH), strict=True))
+
+
+def photos(folder: Path, model: nn.Module, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    config = {**resolve_model_data_config(model), **PREPROCESSING.get(name, {})}
+    transform = create_transform(**config, is_training=False)
+    files = sorted(folder.glob("*.jpg"))
+    images = torch.stack([transform(Image.open(file).convert("RGB")) for file in tqdm(files, desc="photos", leave=False)])
+    return images.to(memory_format=torch.channels_last), torch.tensor([int(file.stem) for file in files])
+
+
+def correct(model: nn.Module, data: Data) -> int:
+    model = model.eval().to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        return sum(int((model(images).argmax(1) == labels).sum()) for images, labels in data.test)
+
+
+def one_fold(name: str, fold: int, model: nn.Module, data: Data, args: argparse.Namespace, rows: Rows) -> None:
+    tested = sum(len(labels) for _, labels in data.test)
+    layout = zc.analyze(model)
+    # Several budgets and variants ask for the same moments and the same ranking: work them out once. `seconds` of the first row counts.
+    for function in ("gather", "scores", "damage_scores"):
+        setattr(pruning_module(), function, remembered(getattr(pruning_module(), function)))
+
+    def note(macs: float, by: str, criterion: str, variant: str, small: nn.Module, seconds: float) -> None:
+        reached = zc.analyze(small).macs() / layout.macs()
+        rows.add(name, fold, macs, by, criterion, variant, correct(small, data), tested, f"{reached:.4f}", f"{seconds:.1f}")
+
+    if (name, str(fold), "1.0", "dense", "", "plain") not in rows:
+        note(1.0, "dense", "", "plain", model, 0.0)
+    for macs in args.macs:
+        for criterion in args.criteria:
+            for by in ("zoo_compress", "torch-pruning"):
+                if by == "torch-pruning" and criterion not in PEERS:
+                    continue
+                variants = ("plain", "statistics", "reconstruct")[: 3 if by == "zoo_compress" else 2]
+                if all((name, str(fold), str(macs), by, criterion, variant) in rows for variant in variants):
+                    continue
+                start = time.perf_counter()
+                if by == "zoo_compress":
+                    small = zc.prune(model, macs=macs, criterion=criterion, data=data.calibration, layout=layout)
+                else:
+                    small = by_torch_pruning(model, macs, criterion, data)
+                note(macs, by, criterion, "plain", small, time.perf_counter() - start)
+                zc.calibrate(small, data.calibration)
+                note(macs, by, criterion, "statistics", small, time.perf_counter() - start)
+                if by == "zoo_compress":
+                    start = time.perf_counter()
+                    small = zc.prune(
+                        model, macs=macs, criterion=criterion, data=data.calibration, reconstruct=data.calibration, layout=layout
+                    )
+                    note(macs, by, criterion, "reconstruct", small, time.perf_counter() - start)
+
+
+def pruning_module():
+    return sys.modules[pruning.__module__]
+
+
+def remembered(function):
+    """The function, with its results remembered by its plain arguments and the model."""
+    function = getattr(function, "__wrapped__", function)
+    known = {}
+
+    @functools.wraps(function)
+    def wrapped(model, layout, *args, **kwargs):
+        key = repr([value for value in (*args, *sorted(kwargs.items())) if isinstance(value, (str, int, tuple))])
+        if key not in known:
+            known[key] = function(model, layout, *args, **kwargs)
+        return known[key]
+
+    return wrapped
+
+
+def by_torch_pruning(model: nn.Module, macs: float, criterion: str, data: Data) -> nn.Module:
+    import torch_pruning as tp
+
+    kind, arguments = PEERS[criterion]
+
+    def prepare(copy: nn.Module) -> None:
+        if criterion == "taylor":  # wants gradients in place
+            for images, labels in data.calibration:
+                nn.functional.cross_entropy(copy(images), labels).backward()
+
+    return peer.prune_to_macs(
+        model,
+        macs,
+        lambda small: zc.analyze(small).macs(),
+        importance=getattr(tp.importance, kind)(**arguments),
+        prepare=prepare,
+    )
+
+
+def table(rows: Rows) -> str:
+    """Markdown: one line per model, pruner and criterion, one column per budget and variant, top-1 over all folds done."""
+    done: dict[tuple[str, str, str], dict[tuple[str, str], list[int]]] = {}
+    for (name, _, macs, by, criterion, variant), row in rows.items():
+        cell = done.setdefault((name, by, criterion), {}).setdefault((macs, variant), [0, 0])
+        cell[0] += int(row["correct"])
+        cell[1] += int(row["tested"])
+    columns = sorted({column for cells in done.values() for column in cells}, key=lambda c: (-float(c[0]), c[1]))
+    lines = [
+        "| model | by | criterion | " + " | ".join(f"{float(m):.0%} {v}" for m, v in columns) + " |",
+        "|---" * (3 + len(columns)) + "|",
+    ]
+    for (name, by, criterion), cells in done.items():
+        values = [f"{cells[c][0] / cells[c][1]:.3f}" if c in cells else "" for c in columns]
+        lines.append(f"| {name} | {by} | {criterion} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
