@@ -23,7 +23,8 @@ from .latency import inference, interleaved, ratio
 RoundTo = int | Literal["auto"]
 
 LATENCY_TOLERANCE = 0.03
-"""A measured latency may miss the fraction asked for by this much, plus twice the standard error of the measurement."""
+"""A measured latency may miss the fraction asked for by this much, plus twice the standard error of the measurement, though never by more
+than twice this much."""
 
 MULTIPLES = (1, 8, 16, 32)
 """What `round_to="auto"` tries."""
@@ -32,8 +33,8 @@ FLOORS = (1.0, 0.75, 0.5)
 """Choices that prefer channels which take little time keep of no axis less than this share of what a choice blind to time keeps; at 1
 there is no preference."""
 
-RUNS = (3, 50)
-"""Timed passes of each choice, at least and at most."""
+RUNS, FINAL_RUNS = (3, 50), (8, 50)
+"""Timed passes of each choice, at least and at most, in the race and where it is decided."""
 
 FIT_SECONDS = 8.0
 RACE_SECONDS = 16.0
@@ -123,10 +124,10 @@ class _Timer:
         self.dense = float(np.median(self._interleaved({"dense": model}, runs=RUNS[0])["dense"]))
         """Seconds of one pass of the dense model."""
 
-    def __call__(self, choices: Sequence[Choice], seconds: float) -> list[tuple[float, float]]:
-        """Latency of each choice as a fraction of the dense model's, and its standard error, within about so many seconds."""
+    def __call__(self, choices: Sequence[Choice], seconds: float, limits: tuple[int, int]) -> list[tuple[float, float]]:
+        """Latency of each choice as a fraction of the dense model's, and its standard error: about so many seconds, and runs in limits."""
         models = {str(i): resize(self._model, self._layout, choice.sizes) for i, choice in enumerate(choices)}
-        runs = int(np.clip(seconds / (self.dense * (1 + len(choices))), *RUNS))
+        runs = int(np.clip(seconds / (self.dense * (1 + len(choices))), *limits))
         times = self._interleaved({"dense": self._model, **models}, runs)
         self._progress.update(1)
         return [ratio(times[name], times["dense"]) for name in models]
@@ -202,10 +203,10 @@ class _Chooser:
 
 def _fastest(chooser: _Chooser, timer: _Timer, budget: Budget, ways: Sequence[tuple[float, int]]) -> Choice:
     choices = chooser.all(budget, ways)
-    choices = sorted(choices, key=lambda choice: chooser.predicted(choice))[:RACERS]
-    first = [timer([choice], RACE_SECONDS / len(choices))[0][0] for choice in choices]
+    choices = sorted(choices, key=chooser.predicted)[:RACERS]
+    first = [timer([choice], RACE_SECONDS / len(choices), RUNS)[0][0] for choice in choices]
     finalists = [choices[i] for i in np.argsort(first, kind="stable")[:FINALISTS]]
-    return finalists[int(np.argmin([fraction for fraction, _ in timer(finalists, FINAL_SECONDS)]))]
+    return finalists[int(np.argmin([fraction for fraction, _ in timer(finalists, FINAL_SECONDS, FINAL_RUNS)]))]
 
 
 def _meet_latency(chooser: _Chooser, timer: _Timer, budget: Budget, ways: Sequence[tuple[float, int]]) -> Choice:
@@ -218,14 +219,14 @@ def _meet_latency(chooser: _Chooser, timer: _Timer, budget: Budget, ways: Sequen
 
     choices = sorted(chooser.all(asked(target), ways), key=lambda c: -c.worth)[:RACERS]
     # The polynomial knows nothing of multiples; how far each choice misses shows what to ask of it instead.
-    bias = {(c.floor, c.round_to): timer([c], RACE_SECONDS / len(choices))[0][0] / target for c in choices}
+    bias = {(c.floor, c.round_to): timer([c], RACE_SECONDS / len(choices), RUNS)[0][0] / target for c in choices}
     corrected = [c for way, factor in bias.items() for c in _some(chooser, asked(target / factor), way)]
     nearest: float | None = None
     for best in sorted(corrected, key=lambda c: -c.worth)[:FINALISTS]:
         choice, value = best, target / bias[best.floor, best.round_to]
         for _ in range(CORRECTIONS):
-            ((found, error),) = timer([choice], FINAL_SECONDS / 2)
-            if abs(found - target) <= LATENCY_TOLERANCE + 2 * error:
+            ((found, error),) = timer([choice], FINAL_SECONDS / 2, FINAL_RUNS)
+            if abs(found - target) <= LATENCY_TOLERANCE + min(2 * error, LATENCY_TOLERANCE):
                 return choice
             nearest = found if nearest is None or abs(found - target) < abs(nearest - target) else nearest
             value *= target / found
