@@ -85,6 +85,16 @@ def test_measure_compares(saved):
     assert f"{sum(p.numel() for p in timm.create_model('test_resnet').parameters()):,}" in output
 
 
+def test_prune_by_measuring(tmp_path, monkeypatch):
+    from zoo_compress.profiling import search
+
+    monkeypatch.setattr(search, "LATENCY_TOLERANCE", 1.0)  # this machine may be busy
+    output = invoke("prune", "test_resnet", "--latency", 0.6, "--round-to", "auto", "--threads", 1, "-o", tmp_path / "fast", *TINY).output
+    assert "ms a pass" in output
+    assert "batch 1, 1 thread\n" in output
+    timm.create_model(f"local-dir:{tmp_path / 'fast'}", pretrained=True)
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -95,6 +105,7 @@ def test_measure_compares(saved):
         (["inspect", "test_resnet", "-a", "3"], "--arg: expected NAME=VALUE, found '3'"),
         (["prune", "test_resnet", "-o", "new"], "exactly one of"),
         (["prune", "test_resnet", "-o", "new", "--macs", "0.5", "--keep", "0.5"], "exactly one of"),
+        (["prune", "test_resnet", "-o", "new", "--macs", "0.5", "--latency", "0.5"], "exactly one of"),
         (["eval", "test_resnet", "--data", "digits"], "expected the 10 classes of the data source, found 1000"),
         (["run", "no/such/recipe.yaml"], "cannot read the recipe"),
     ],

@@ -155,8 +155,9 @@ def test_rounds_are_geometric_and_end_at_the_budget(limit, rounds, name):
     ratios = [after / before for before, after in itertools.pairwise(sizes)]
     assert ratios == pytest.approx([ratios[0]] * rounds)
     assert sizes[-1] == pytest.approx(limit * 1e6)
-    whole = PruneStage.model_validate({"kind": "prune", "keep": limit, "rounds": rounds, "finetune": {"epochs": 1, "lr": 0.1}})
-    assert math.prod(budget_of_round(PruneRound(whole, n, "x"), 1)["keep"] for n in range(rounds)) == pytest.approx(limit)
+    for share in ("keep", "latency"):
+        whole = PruneStage.model_validate({"kind": "prune", share: limit, "rounds": rounds, "finetune": {"epochs": 1, "lr": 0.1}})
+        assert math.prod(budget_of_round(PruneRound(whole, n, "x"), 1)[share] for n in range(rounds)) == pytest.approx(limit)
 
 
 @given(st.floats(0.05, 0.9))

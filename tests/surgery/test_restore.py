@@ -8,7 +8,7 @@ from torch import nn
 
 from zoo_compress.errors import CompressError, VariantError
 from zoo_compress.structure.variant import Variant
-from zoo_compress.surgery.modules import clear_caches, get_attribute, get_tensor, set_attribute, set_tensor
+from zoo_compress.surgery.modules import clear_caches, get_attribute, get_tensor, set_attribute, set_tensors
 from zoo_compress.surgery.restore import check, present, restore_
 
 
@@ -160,10 +160,10 @@ def test_attributes_by_path(path):
     assert model.feature_info[0] == {"num_chs": 16, "module": "conv"}
 
 
-def test_set_tensor_drops_a_gradient_that_no_longer_fits():
+def test_set_tensors_drops_a_gradient_that_no_longer_fits():
     model = Tiny()
     model(torch.randn(1, 3, 8, 8)).sum().backward()
-    set_tensor(model, "conv.bias", torch.zeros(5))
+    set_tensors(model, [("conv.bias", torch.zeros(5))])
     assert get_tensor(model, "conv.bias").grad is None
     assert get_tensor(model, "conv.bias").shape == (5,)
     with pytest.raises(AttributeError, match="no parameter or buffer"):

@@ -63,7 +63,8 @@ def build(entrypoint: Callable[..., nn.Module], cfg: PretrainedCfg, between: Cal
 
         def load(state: dict[str, Any], check: Callable[[dict[str, Any], bool], None]) -> None:
             def filtered(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-                if filter_fn is not None:
+                # Filters guess from names whose checkpoint this is; what fits as it is needs no guess.
+                if filter_fn is not None and {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in model.state_dict().items()}:
                     # Filters drop buffers that their model computes; a resized model saves those it cannot compute.
                     buffers = {name: state[name] for name, b in model.named_buffers() if name in state and state[name].shape == b.shape}
                     state = {**buffers, **_filtered(filter_fn, state, model)}

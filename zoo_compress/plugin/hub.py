@@ -35,8 +35,8 @@ def save(model: nn.Module, directory: str | Path) -> None:
         directory: Made if it does not exist.
 
     Raises:
-        CompressError: If timm did not make the model, timm cannot describe it, or the directory cannot be written. Nothing half-written
-            stays behind.
+        CompressError: If timm did not make the model, cannot describe it, or cannot make it again (its blocks were merged since), or the
+            directory cannot be written. Nothing half-written stays behind.
     """
     _check_saveable(model)
     directory = Path(directory)
@@ -47,6 +47,8 @@ def save(model: nn.Module, directory: str | Path) -> None:
             weights, config = Path(scratch, WEIGHTS), Path(scratch, CONFIG)
             save_file(_tensors(model), weights, metadata={"format": "pt"})
             config.write_text(_config(model, digest(weights), config), encoding="utf-8")
+            if "variant" in getattr(model, "_model_args", {}):
+                _check_loads(Path(scratch))
             for path in (weights, config):
                 _flush(path)
                 os.replace(path, directory / path.name)
@@ -54,6 +56,8 @@ def save(model: nn.Module, directory: str | Path) -> None:
         if made:
             with suppress(OSError):  # not empty: somebody else writes there
                 directory.rmdir()
+        if isinstance(error, CompressError):
+            raise
         raise CompressError(f"{directory}: cannot save {type(model).__name__}: {error}") from error
 
 
@@ -107,6 +111,17 @@ def _check_saveable(model: nn.Module) -> None:
     record = getattr(model, "_model_args", {}).get("variant")
     if record is not None and Variant.from_dict(record).architecture != architecture:
         raise VariantError(f"save: the model's record is of {Variant.from_dict(record).architecture}, its cfg of {architecture}")
+
+
+def _check_loads(directory: Path) -> None:
+    try:
+        timm.create_model(f"local-dir:{directory}", pretrained=True)
+    except CompressError as error:
+        reason = str(error).replace(f"{directory}{os.sep}", "")
+        raise CompressError(
+            f"save: timm creates another model by this name than the one given ({reason}). Were its blocks merged (reparameterize, fuse) "
+            "or replaced after timm created it? Save it before that, and merge after loading."
+        ) from error
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

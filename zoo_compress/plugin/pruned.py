@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ..surgery.origin import origin
 from ..surgery.restore import check, present, restore_
 from . import weights
 from .builder import Built, build
+from .skip_init import skip_init
 
 __all__ = ["create"]
 
@@ -76,7 +78,10 @@ def _create(
             raise CompressError(f"{name}: {', '.join(chosen)} given with a stored variant; load it, then prune it with zoo_compress.prune")
         load = _from_source(cfg, cache_dir) if pretrained else _keep
         args = {"cache_dir": cache_dir, "pretrained_model_args": saved, **variant.base_args, **kwargs}
-        return _restored(variant, cfg, load, {**variant.base_args, **_without_options(saved)}, args)
+        # With other classes or channels than the weights', some parameters keep the values they are built with.
+        whole = kwargs.get("num_classes") in (None, cfg.num_classes) and kwargs.get("in_chans") in (None, cfg.input_size[0])
+        with skip_init() if pretrained and whole else nullcontext():
+            return _restored(variant, cfg, load, {**variant.base_args, **_without_options(saved)}, args)
     if isinstance(pretrained_cfg, Mapping) and weights.has_source(cfg):
         raise VariantError(f"{cfg.file or cfg.hf_hub_id or name}: expected a record 'variant' in model_args of config.json, found none")
     small = _pruned(base, name, pretrained, pretrained_cfg_overlay, cache_dir, options, kwargs)

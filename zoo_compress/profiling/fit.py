@@ -19,7 +19,7 @@ from ..structure.widths import Group
 from ..surgery.resize import resize
 from . import latency
 
-DESIGNS = 12
+DESIGNS = 10
 """Random choices of widths that are measured."""
 
 LEVELS = 6
@@ -31,7 +31,7 @@ AT_ONCE = 4
 MOST_FEATURES = 4
 """Unknowns of one layer's time at most: a constant, its MACs, what it reads and what it writes."""
 
-RUNS = (3, 30)
+RUNS = (2, 30)
 """Timed passes of each design, at least and at most."""
 
 NANOSECONDS = 1e9

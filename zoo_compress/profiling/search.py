@@ -23,7 +23,8 @@ from .latency import inference, interleaved, ratio
 RoundTo = int | Literal["auto"]
 
 LATENCY_TOLERANCE = 0.03
-"""A measured latency may miss the fraction asked for by this much, plus twice the standard error of the measurement."""
+"""A measured latency may miss the fraction asked for by this much, plus twice the standard error of the measurement, though never by more
+than twice this much."""
 
 MULTIPLES = (1, 8, 16, 32)
 """What `round_to="auto"` tries."""
@@ -32,13 +33,16 @@ FLOORS = (1.0, 0.75, 0.5)
 """Choices that prefer channels which take little time keep of no axis less than this share of what a choice blind to time keeps; at 1
 there is no preference."""
 
-RUNS = (4, 50)
-"""Timed passes of each choice, at least and at most."""
+RUNS, FINAL_RUNS = (3, 50), (8, 50)
+"""Timed passes of each choice, at least and at most, in the race and where it is decided."""
 
 FIT_SECONDS = 8.0
 RACE_SECONDS = 16.0
 FINAL_SECONDS = 8.0
-FINALISTS = 4
+RACERS = 6
+"""Choices that are timed at all: those that the polynomial says are fastest, or with a latency, that keep the most worth."""
+
+FINALISTS = 3
 CORRECTIONS = 6
 
 
@@ -74,7 +78,8 @@ def search(
 
     The latency of the model is first written as a polynomial in its widths (`fit_latency`). Where an axis takes more time for each of
     its MACs than others do, the worth of its elements is discounted, within several bounds (`FLOORS`) and with several multiples. Each
-    of these choices is built and timed against the dense model in turns.
+    of these choices, or those of them that promise most, is built and timed against the dense model in turns: about 70 passes in all
+    of a slow model, and half a minute for a fast one.
 
     - With a budget of MACs, parameters or channels, which all choices meet, the one that ran fastest is taken.
     - With a latency, each choice is first made by the polynomial; then the one that keeps the most worth is corrected by what it
@@ -102,7 +107,7 @@ def search(
     image = torch.zeros(batch_size, *layout.input_shape[1:], dtype=dtype)
     floors = FLOORS if budget.scope == "global" else FLOORS[:1]
     ways = [(floor, multiple) for multiple in ([round_to] if isinstance(round_to, int) else MULTIPLES) for floor in floors]
-    with inference([model], threads), tqdm(total=1 + DESIGNS + len(ways) + 1, desc="measuring", unit="width", leave=False) as progress:
+    with inference([model], threads), tqdm(total=1 + DESIGNS + RACERS + 1, desc="measuring", unit="width", leave=False) as progress:
         latency = fit_latency(model, layout, groups, image, seconds=FIT_SECONDS, progress=progress)
         chooser = _Chooser(layout, groups, scores, latency)
         timer = _Timer(model, layout, image, progress)
@@ -119,10 +124,10 @@ class _Timer:
         self.dense = float(np.median(self._interleaved({"dense": model}, runs=RUNS[0])["dense"]))
         """Seconds of one pass of the dense model."""
 
-    def __call__(self, choices: Sequence[Choice], seconds: float) -> list[tuple[float, float]]:
-        """Latency of each choice as a fraction of the dense model's, and its standard error, within about so many seconds."""
+    def __call__(self, choices: Sequence[Choice], seconds: float, limits: tuple[int, int]) -> list[tuple[float, float]]:
+        """Latency of each choice as a fraction of the dense model's, and its standard error: about so many seconds, and runs in limits."""
         models = {str(i): resize(self._model, self._layout, choice.sizes) for i, choice in enumerate(choices)}
-        runs = int(np.clip(seconds / (self.dense * (1 + len(choices))), *RUNS))
+        runs = int(np.clip(seconds / (self.dense * (1 + len(choices))), *limits))
         times = self._interleaved({"dense": self._model, **models}, runs)
         self._progress.update(1)
         return [ratio(times[name], times["dense"]) for name in models]
@@ -160,6 +165,10 @@ class _Chooser:
             score[np.argsort(-score, kind="stable")[: round(floor * blind[name])]] += most
         return scores
 
+    def predicted(self, choice: Choice) -> int:
+        """Nanoseconds of a pass, as far as the polynomial knows."""
+        return self._latency(self._layout.sizes(choice.sizes))
+
     def all(self, budget: Budget, ways: Iterable[tuple[float, int]]) -> list[Choice]:
         """The choices of several floors and multiples, equal ones once.
 
@@ -194,9 +203,10 @@ class _Chooser:
 
 def _fastest(chooser: _Chooser, timer: _Timer, budget: Budget, ways: Sequence[tuple[float, int]]) -> Choice:
     choices = chooser.all(budget, ways)
-    first = [timer([choice], RACE_SECONDS / len(choices))[0][0] for choice in choices]
+    choices = sorted(choices, key=chooser.predicted)[:RACERS]
+    first = [timer([choice], RACE_SECONDS / len(choices), RUNS)[0][0] for choice in choices]
     finalists = [choices[i] for i in np.argsort(first, kind="stable")[:FINALISTS]]
-    return finalists[int(np.argmin([fraction for fraction, _ in timer(finalists, FINAL_SECONDS)]))]
+    return finalists[int(np.argmin([fraction for fraction, _ in timer(finalists, FINAL_SECONDS, FINAL_RUNS)]))]
 
 
 def _meet_latency(chooser: _Chooser, timer: _Timer, budget: Budget, ways: Sequence[tuple[float, int]]) -> Choice:
@@ -207,16 +217,16 @@ def _meet_latency(chooser: _Chooser, timer: _Timer, budget: Budget, ways: Sequen
     def asked(fraction: float) -> Budget:
         return replace(budget, value=min(fraction, 1.0))
 
-    choices = chooser.all(asked(target), ways)
+    choices = sorted(chooser.all(asked(target), ways), key=lambda c: -c.worth)[:RACERS]
     # The polynomial knows nothing of multiples; how far each choice misses shows what to ask of it instead.
-    bias = {(c.floor, c.round_to): timer([c], RACE_SECONDS / len(choices))[0][0] / target for c in choices}
+    bias = {(c.floor, c.round_to): timer([c], RACE_SECONDS / len(choices), RUNS)[0][0] / target for c in choices}
     corrected = [c for way, factor in bias.items() for c in _some(chooser, asked(target / factor), way)]
     nearest: float | None = None
     for best in sorted(corrected, key=lambda c: -c.worth)[:FINALISTS]:
         choice, value = best, target / bias[best.floor, best.round_to]
         for _ in range(CORRECTIONS):
-            ((found, error),) = timer([choice], FINAL_SECONDS / 2)
-            if abs(found - target) <= LATENCY_TOLERANCE + 2 * error:
+            ((found, error),) = timer([choice], FINAL_SECONDS / 2, FINAL_RUNS)
+            if abs(found - target) <= LATENCY_TOLERANCE + min(2 * error, LATENCY_TOLERANCE):
                 return choice
             nearest = found if nearest is None or abs(found - target) < abs(nearest - target) else nearest
             value *= target / found

@@ -11,7 +11,7 @@ from ..structure.layout import Axis, Layout
 from ..structure.terms import Term, axes, substitute
 from ..structure.unify import Variable
 from ..structure.widths import unsolvable
-from .metadata import Attributes, describe_standard_modules
+from .metadata import Attributes, describe_blocks, describe_standard_modules
 from .tracer import Tracer
 
 
@@ -26,6 +26,7 @@ def finish(model: nn.Module, tracer: Tracer, dims: dict[str, list[Term]], attrib
         input_shape: Shape of the batch that ran.
     """
     describe_standard_modules(model, dims, attributes)
+    describe_blocks(model, dims, attributes)
     for variable in attributes.values():
         _give_hint(variable)
     _settle_links(tracer, dims)

@@ -143,6 +143,44 @@ def describe_standard_modules(model: nn.Module, dims: dict[str, list[Term]], att
                 variable.bound = term
 
 
+_SIDES = {
+    **dict.fromkeys(("in_chs", "in_channels", "dim"), "in"),
+    **dict.fromkeys(("out_chs", "out_channels", "dim_out"), "out"),
+    "groups": "groups",
+}
+"""What blocks call the sizes of their convolutions."""
+
+
+def describe_blocks(model: nn.Module, dims: dict[str, list[Term]], attributes: Attributes) -> None:
+    """Tie what a block says of its convolutions, or norms, to their dimensions, where the forward pass does not read it and they agree.
+
+    Blocks that can be merged into one convolution (`reparameterize`) build that from these numbers.
+    """
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        said = {name: variable for name in _SIDES if (variable := attributes.get(prefix + name)) is not None}
+        said = {name: v for name, v in said.items() if v.bound is None and v.frozen is None}
+        if not said or isinstance(module, nn.modules.conv._ConvNd):
+            continue
+        sides = list(_sides(path, module, dims, attributes))
+        for name, variable in said.items():
+            fitting = {term for side in sides if u.size_of(term := u.resolve(side[_SIDES[name]])) == variable.size}
+            if len(fitting) == 1 and u.variables(term := fitting.pop()):
+                variable.bound = term
+
+
+def _sides(path: str, block: nn.Module, dims: dict[str, list[Term]], attributes: Attributes) -> Iterator[dict[str, Term]]:
+    """Input, output and groups of each convolution in a block; of its norms, each of which is one of depth, if it has none."""
+    inside = [(p, m) for p, m in block.named_modules(prefix=path) if f"{p}.weight" in dims]
+    convs = [p for p, m in inside if isinstance(m, nn.modules.conv._ConvNd) and not m.transposed]
+    for p in convs:
+        weight, groups = dims[f"{p}.weight"], attributes.get(f"{p}.groups", 1)
+        yield {"in": product(groups, weight[1]), "out": weight[0], "groups": groups}
+    for p, m in inside:
+        if isinstance(m, nn.modules.batchnorm._NormBase) and not convs:
+            yield dict.fromkeys(("in", "out", "groups"), dims[f"{p}.weight"][0])
+
+
 def _standard(path: str, module: nn.Module, dims: dict[str, list[Term]], attributes: Attributes) -> Iterator[tuple[str, Term]]:
     prefix = f"{path}." if path else ""
     if isinstance(module, nn.RNNBase):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Any
 
 from timm.models import FeatureInfo
@@ -56,24 +57,27 @@ def get_tensor(model: nn.Module, name: str) -> Tensor:
     raise AttributeError(f"{type(model).__name__} has no parameter or buffer {name!r}")
 
 
-def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Give a parameter or buffer new contents, of any shape, wherever in the model it is used.
+def set_tensors(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Give parameters or buffers new contents, of any shape, wherever in the model they are used.
 
     A parameter stays the same object, so ties, hooks, `requires_grad` and subclasses outlive the change; its gradient is dropped.
-    A buffer is replaced by `tensor` in every module of this model that holds it: it may be shared with other models.
+    A buffer is replaced, after all parameters, in every module of this model that holds it: it may be shared with other models.
 
     Raises:
-        AttributeError: If there is no tensor of that name.
+        AttributeError: If there is no tensor of one of these names.
     """
-    old = get_tensor(model, name)
-    if isinstance(old, nn.Parameter):
-        old.data = tensor.detach()
-        old.grad = None
-        return
+    buffers: dict[int, Tensor] = {}
+    for name, tensor in tensors:
+        old = get_tensor(model, name)
+        if isinstance(old, nn.Parameter):
+            old.data = tensor.detach()
+            old.grad = None
+        else:
+            buffers[id(old)] = tensor
     for module in model.modules():
         for key, buffer in module._buffers.items():
-            if buffer is old:
-                module._buffers[key] = tensor
+            if id(buffer) in buffers:
+                module._buffers[key] = buffers[id(buffer)]
 
 
 def make_persistent(model: nn.Module, name: str) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from ..errors import VariantError
 from ..structure.variant import Variant
-from .modules import clear_caches, get_attribute, get_tensor, make_persistent, set_attribute, set_tensor
+from .modules import clear_caches, get_attribute, get_tensor, make_persistent, set_attribute, set_tensors
 
 
 def restore_(model: nn.Module, variant: Variant) -> nn.Module:
@@ -30,12 +31,16 @@ def restore_(model: nn.Module, variant: Variant) -> nn.Module:
     check(model, variant)
     # References to the old contents are taken before any is replaced: tied parameters are one tensor with several names.
     old = {name: get_tensor(model, name).detach() for name in variant.params}
+
+    def shrunk() -> Iterator[tuple[str, torch.Tensor]]:
+        for name in variant.params:
+            whole = old.pop(name)
+            shape = variant.shape(name, whole.shape)
+            if shape != tuple(get_tensor(model, name).shape):
+                yield name, whole[tuple(slice(n) for n in shape)].clone(memory_format=torch.contiguous_format)
+
+    set_tensors(model, shrunk())
     for name in variant.params:
-        whole = old.pop(name)
-        shape = variant.shape(name, whole.shape)
-        prefix = whole[tuple(slice(n) for n in shape)]
-        if shape != tuple(get_tensor(model, name).shape):
-            set_tensor(model, name, prefix.clone(memory_format=torch.contiguous_format))
         make_persistent(model, name)
     for path, term in variant.attributes.items():
         set_attribute(model, path, variant.size(term))
