@@ -24,7 +24,18 @@ deit_tiny_patch16_224 swin_tiny_patch4_window7_224 mobilevit_xxs poolformer_s12 
 """
 
 FAMILIES = """
-@@FAMILIES@@
+beit_base_patch16_224 cait_xxs24_224 coat_lite_tiny convit_tiny convmixer_1024_20_ks9_p14 cpubone_nano crossvit_tiny_240
+cs3darknet_focus_s csatv2 cspnext_tiny davit_tiny deepseek_vit_412m deit_tiny_patch16_224 densenet121 dla46x_c dpn48b edgenext_xx_small
+efficientformer_l1 efficientformerv2_s0 efficientvim_m1 efficientvit_b0 efficientvit_m0 ese_vovnet19b_slim_dw eva02_tiny_patch14_224
+fasternet_t0 fastvit_t8 focalnet_tiny_srf gcvit_xxtiny gemma4_vit_167m ghostnet_050 haloregnetz_b hardcorenas_a hgnetv2_b0 hiera_tiny_224
+hieradet_small hrnet_w18_small iformer_t inception_next_atto inception_resnet_v2 inception_v3 inception_v4 lcnetv2_small legacy_seresnet18
+legacy_xception levit_128s lowformer_b0 mixer_s32_224 mobilenetv3_small_050 mobilenetv5_base mobilevit_xxs mvitv2_tiny
+naflexvit_base_patch16_gap nasnetalarge nest_tiny nextvit_small pit_ti_224 pnasnet5large poolformer_s12 pvt_v2_b0 qwen3_vit_88m rdnet_tiny
+regnetx_002 repghostnet_050 repvit_m0_9 res2net50_48w_2s resnest14d resnetv2_18 rexnet_100 samvit_base_patch16_224 selecsls42
+sequencer2d_s shvit_s1 skresnet18 starnet_s050 swiftformer_xs swin_tiny_patch4_window7_224 swinv2_cr_tiny_224 swinv2_tiny_window8_256
+test_byobnet test_coatnet test_convnext test_mambaout test_nfnet test_resnet test_vit test_vit_relpos tiny_vit_5m_224 tinynet_e
+tnt_s_legacy_patch16_224 tresnet_m twins_svt_small vgg11 visformer_tiny vit_tiny_r_s16_p8_224 vitamin_small_224 volo_d1_224 xception41
+xcit_nano_12_p16_224
 """
 """The architecture with the fewest MACs of each of timm's model files, from the table that `zoo-compress coverage --all` writes."""
 

@@ -157,6 +157,25 @@ class Standardised(nn.Conv2d):
         return F.conv2d(x, weight, self.bias)
 
 
+class Normalised(nn.Module):
+    """Divided by its norm, which torch expands to as many channels."""
+
+    def forward(self, x):
+        return F.normalize(x, dim=1)
+
+
+class Blurred(nn.Module):
+    """A fixed kernel for every channel, in a buffer that is not saved."""
+
+    def __init__(self):
+        super().__init__()
+        self.channels = 16
+        self.register_buffer("kernel", torch.full((16, 1, 3, 3), 1 / 9), persistent=False)
+
+    def forward(self, x):
+        return F.conv2d(F.pad(x, (1, 1, 1, 1), "reflect"), self.kernel, stride=2, groups=self.channels)
+
+
 class Positions(nn.Module):
     def __init__(self):
         super().__init__()
@@ -193,6 +212,8 @@ BODIES = {
     "copies": (Copies, None, 3),
     "standardised weights": (lambda: Standardised(16, 24, 1), 24, 2),
     "asserted": (Asserted, None, 1),
+    "normalised": (Normalised, None, 1),
+    "blurred": (Blurred, None, 1),
     "prelu": (lambda: nn.PReLU(16), None, 1),
     "batch norm in train mode's statistics": (lambda: nn.BatchNorm2d(16, track_running_stats=False), None, 1),
 }

@@ -138,7 +138,7 @@ def _analyze(model: nn.Module, example: torch.Tensor, device: str) -> Layout:
             for term in dims[name]:
                 u.freeze(term, "not used when the model runs in eval mode")
     for name in after.keys() - saved:
-        terms = [term for term in dims[name] if u.size_of(term) > 1]
+        terms = [term for term in dims[name] if u.size_of(term) > 1 and term not in tracer.kernel_sides]
         if any(not u.is_free(term) for term in terms):
             for term in terms:
                 u.freeze(term, "runs through a buffer that is computed for the input's size and not saved")

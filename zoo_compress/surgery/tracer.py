@@ -32,6 +32,7 @@ class Tracer:
         modules: Stack of (path, module) being run.
         born: Uniform dimensions made so far.
         seen: Identities of the tensors that operations have met.
+        kernel_sides: Dimensions of convolution kernels that lie along the image; their sizes have nothing to do with the input's.
         groups: The number of groups of the latest grouped operation, for the function rule that knows where the number came from.
     """
 
@@ -48,6 +49,7 @@ class Tracer:
         self.seen: set[int] = set()
         self.quiet = False
         self.born: list[Variable] = []
+        self.kernel_sides: set[Variable] = set()
         self._sizes_known = False
 
     @property

@@ -14,7 +14,8 @@ from ..tracer import Tracer
 Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}
 COSTLY: set[Rule] = set()
-"""Rules that run even where no axis is touched: products that still cost, and new tensors without operands."""
+"""Rules that run even where no axis is touched: products that still cost, new tensors without operands, and copies along a new dimension,
+which may turn out to be one that axes run along."""
 
 
 def rule(*names: str, costly: bool = False) -> Callable[[Rule], Rule]:

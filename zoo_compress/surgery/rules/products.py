@@ -89,6 +89,7 @@ def _convolution(
     batch, channels, *space = t.dims(input)
     first, second, *kernel = t.dims(weight)
     for side in kernel:
+        t.kernel_sides.update(u.variables(side))
         number(side)
     space_out = [
         _along(t, term, int(before), int(after)) for term, before, after in zip(space, input.shape[2:], out.shape[2:], strict=True)

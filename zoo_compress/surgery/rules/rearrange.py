@@ -51,7 +51,7 @@ def _squeeze(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, dim: int | Seq
     return [term for i, term in enumerate(terms) if not (i in gone and u.size_of(term) == 1)]
 
 
-@rule("expand")
+@rule("expand", costly=True)
 def _expand(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, **_: Any) -> list[Term]:
     terms = t.dims(self)
     terms = [1] * (out.ndim - len(terms)) + terms
