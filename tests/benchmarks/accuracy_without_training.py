@@ -18,6 +18,7 @@ Rows are appended to `--out` as they are done, and not done again when the comma
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import functools
 import sys
@@ -119,7 +120,7 @@ def one_fold(name: str, fold: int, model: nn.Module, data: Data, args: argparse.
     layout = zc.analyze(model)
     # Several budgets and variants ask for the same moments and the same ranking: work them out once. `seconds` of the first row counts.
     for function in ("gather", "scores", "damage_scores"):
-        setattr(pruning_module(), function, remembered(getattr(pruning_module(), function)))
+        setattr(pruning, function, remembered(getattr(pruning, function)))
 
     def note(macs: float, by: str, criterion: str, variant: str, small: nn.Module, seconds: float) -> None:
         reached = zc.analyze(small).macs() / layout.macs()
@@ -151,10 +152,6 @@ def one_fold(name: str, fold: int, model: nn.Module, data: Data, args: argparse.
                     note(macs, by, criterion, "reconstruct", small, time.perf_counter() - start)
 
 
-def pruning_module():
-    return sys.modules[pruning.__module__]
-
-
 def remembered(function):
     """The function, with its results remembered by its plain arguments and the model."""
     function = getattr(function, "__wrapped__", function)
@@ -174,19 +171,12 @@ def by_torch_pruning(model: nn.Module, macs: float, criterion: str, data: Data) 
     import torch_pruning as tp
 
     kind, arguments = PEERS[criterion]
-
-    def prepare(copy: nn.Module) -> None:
-        if criterion == "taylor":  # wants gradients in place
-            for images, labels in data.calibration:
-                nn.functional.cross_entropy(copy(images), labels).backward()
-
-    return peer.prune_to_macs(
-        model,
-        macs,
-        lambda small: zc.analyze(small).macs(),
-        importance=getattr(tp.importance, kind)(**arguments),
-        prepare=prepare,
-    )
+    model = copy.deepcopy(model)
+    if criterion == "taylor":
+        for images, labels in data.calibration:
+            nn.functional.cross_entropy(model(images), labels).backward()
+    importance = getattr(tp.importance, kind)(**arguments)
+    return peer.prune_to_macs(model, macs, lambda small: zc.analyze(small).macs(), importance=importance)
 
 
 def table(rows: Rows) -> str:

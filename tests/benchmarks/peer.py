@@ -79,7 +79,7 @@ def all_repair(model: nn.Module, heads: dict[nn.Module, int]) -> None:
 Watch = Callable[[object], None]
 
 
-def prune(model: nn.Module, ratio: float, *, adapted: bool, watch: Watch | None = None) -> nn.Module:
+def prune(model: nn.Module, ratio: float, *, adapted: bool, watch: Watch | None = None, importance: object = None) -> nn.Module:
     """Prune a timm model in place with torch-pruning's defaults: the same ratio for every layer, importance of groups by magnitude.
 
     Args:
@@ -87,6 +87,7 @@ def prune(model: nn.Module, ratio: float, *, adapted: bool, watch: Watch | None 
         ratio: Share of channels to remove.
         adapted: Find heads, classifier and attributes by all of timm's names rather than as torch-pruning's script does.
         watch: Sees every group before it is pruned.
+        importance: One of `torch_pruning.importance` instead; those that look at gradients find them in the model.
     """
     import torch_pruning as tp
 
@@ -96,7 +97,7 @@ def prune(model: nn.Module, ratio: float, *, adapted: bool, watch: Watch | None 
         pruner = tp.pruner.BasePruner(
             model,
             torch.randn(1, *model.pretrained_cfg["input_size"]),
-            importance=tp.importance.GroupMagnitudeImportance(p=2),
+            importance=importance or tp.importance.GroupMagnitudeImportance(p=2),
             pruning_ratio=ratio,
             ignored_layers=(all_ignored if adapted else own_ignored)(model),
             num_heads=heads,
@@ -112,12 +113,17 @@ def prune(model: nn.Module, ratio: float, *, adapted: bool, watch: Watch | None 
     return model
 
 
-def prune_to_macs(model: nn.Module, fraction: float, macs: Callable[[nn.Module], int], tolerance: float = 0.01) -> nn.Module:
+def prune_to_macs(
+    model: nn.Module, fraction: float, macs: Callable[[nn.Module], int], tolerance: float = 0.01, importance: object = None
+) -> nn.Module:
     """A copy of a model pruned by torch-pruning to a fraction of its MACs: bisects the ratio, as its users do by hand."""
     low, high, total = 0.0, 0.9, macs(model)
     for _ in range(10):
         ratio = (low + high) / 2
-        small = prune(copy.deepcopy(model), ratio, adapted=True)
+        small = copy.deepcopy(model)
+        for new, old in zip(small.parameters(), model.parameters(), strict=True):
+            new.grad = None if old.grad is None else old.grad.clone()
+        prune(small, ratio, adapted=True, importance=importance)
         reached = macs(small) / total
         if abs(reached - fraction) <= tolerance:
             break
