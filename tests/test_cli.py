@@ -57,6 +57,20 @@ def test_prune_saves_what_it_says(saved):
     assert "nothing was fine-tuned" in output
 
 
+def test_prune_looks_at_images(tmp_path):
+    """The command is the function with the images of the data source."""
+    size = ["-a", "pretrained_cfg_overlay={input_size: [1, 32, 32], mean: [0.5], std: [0.5]}"]
+    options = ["--macs", 0.6, "--criterion", "thinet", "--reconstruct", "--data", "digits", "--images", 40]
+    output = invoke("prune", "test_resnet", *options, "-o", tmp_path / "a", *TINY, *size).output
+    assert "nothing was fine-tuned" in output
+    small = timm.create_model(f"local-dir:{tmp_path / 'a'}", pretrained=True)
+    invoke("prune", "test_resnet", "--macs", 0.6, "-o", tmp_path / "b", *TINY, *size)
+    plain = timm.create_model(f"local-dir:{tmp_path / 'b'}", pretrained=True)
+    assert zc.analyze(small).macs() == pytest.approx(zc.analyze(plain).macs(), rel=0.05)
+    output = invoke("prune", "test_resnet", "--macs", 0.6, "--reconstruct", "-o", tmp_path / "c", *TINY, code=2).output
+    assert "--reconstruct: expected --data" in output
+
+
 def test_prune_leaves_a_folder_with_files_alone(tmp_path):
     (tmp_path / "mine").write_text("mine")
     result = invoke("prune", "test_resnet", "--macs", 0.5, "-o", tmp_path, code=2)

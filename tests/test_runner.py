@@ -24,7 +24,7 @@ data: {{source: digits, batch_size: 256}}
 output: {output}
 stages:
   - train: {{epochs: 2, lr: 3e-3, ema_decay: 0.9}}
-  - prune: {{macs: 0.6, round_to: 4, rounds: 2, finetune: {{epochs: 1, lr: 1e-3}}}}
+  - prune: {{macs: 0.6, round_to: 4, rounds: 2, reconstruct: true, finetune: {{epochs: 1, lr: 1e-3}}}}
   - finetune: {{epochs: 2, lr: 1e-3, distill: {{}}}}
   - evaluate
   - save

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .profiling.search import RoundTo
+    from .training.data import Batches
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -118,6 +119,7 @@ def inspect(model: str, pretrained: bool, args: tuple[str, ...]) -> None:
     + "\n\n"
     + examples(
         "zoo-compress prune resnet18 --pretrained --macs 0.5 -o small/",
+        "zoo-compress prune resnet50 --pretrained --macs 0.7 --criterion thinet --reconstruct --data imagefolder:/data/imagenet -o kept/",
         "zoo-compress prune mobilenetv2_100 --latency 0.5 --round-to auto --threads 1 -o fast/",
         "zoo-compress prune runs/mine/model --params 0.3 --criterion l1 --scope local -o smaller/",
     )
@@ -129,7 +131,18 @@ def inspect(model: str, pretrained: bool, args: tuple[str, ...]) -> None:
 @click.option(
     "--latency", type=float, help="Latency to keep, measured on this machine: a fraction up to 1 of MODEL's own, milliseconds above."
 )
-@click.option("--criterion", default="l2", show_default=True, help="Importance of a channel: l1, l2, bn_scale, lamp, fpgm, random.")
+@click.option(
+    "--criterion",
+    default="l2",
+    show_default=True,
+    help="Importance of a channel: l1, l2, bn_scale, lamp, fpgm, random; with --data: taylor, hessian, obdc, thinet.",
+)
+@click.option(
+    "--data", "source", help="Images to look at: imagefolder:PATH, digits, fashion_mnist, or a name timm.data.create_dataset takes."
+)
+@click.option("--data-root", help="Folder of the data set.")
+@click.option("--images", type=click.IntRange(min=1), default=256, show_default=True, help="How many of its training images to look at.")
+@click.option("--reconstruct", is_flag=True, help="Restore every layer's outputs by least squares on these images, without training.")
 @click.option(
     "--scope",
     type=click.Choice(["global", "local"]),
@@ -155,6 +168,10 @@ def prune(
     params: float | None,
     latency: float | None,
     criterion: str,
+    source: str | None,
+    data_root: str | None,
+    images: int,
+    reconstruct: bool,
     scope: str,
     round_to: "RoundTo",
     batch_size: int,
@@ -173,7 +190,10 @@ def prune(
 
     if output.exists() and any(output.iterdir()):
         raise CompressError(f"{output}: expected a new or empty folder, found files in it")
+    if reconstruct and source is None:
+        raise CompressError("--reconstruct: expected --data with images to reconstruct from, found none")
     loaded = load_model(model, pretrained, args)
+    data = None if source is None else _calibration_data(loaded, source, data_root, images)
     small = zc.prune(
         loaded,
         keep=keep,
@@ -181,6 +201,8 @@ def prune(
         params=params,
         latency=latency,
         criterion=criterion,
+        data=data,
+        reconstruct=data if reconstruct else None,
         scope=scope,
         round_to=round_to,
         batch_size=batch_size,
@@ -195,6 +217,18 @@ def prune(
         times = f"{slow.latency_ms:>14,.2f} → {fast.latency_ms:>14,.2f}  ({fast.latency_ms / slow.latency_ms:.1%})"
         click.echo(f"ms a pass   {times}  batch {batch_size}, {plural(fast.threads, 'thread')}")
     click.echo(f"saved to {output}; nothing was fine-tuned")
+
+
+def _calibration_data(model: "nn.Module", source: str, root: str | None, images: int) -> "Batches":
+    """Training images of a data source, shuffled, as the model wants them; the same ones every time."""
+    from .training.config import DataConfig
+    from .training.data import calibration_batches
+    from .training.loop import reseed
+    from .training.sources import open_source
+
+    reseed(0, 0, 0)
+    config = DataConfig(source=source, root=root, batch_size=min(images, 32))
+    return calibration_batches(open_source(config, getattr(model, "in_chans", 3)), config, model, -(-images // config.batch_size))
 
 
 @cli.command(

@@ -91,7 +91,8 @@ class PruneStage(Config):
         rounds: how often to prune, in geometric steps to the budget, each but the last followed by `finetune`;
             `auto` removes about 10% of what is left each time (fractions only).
         finetune: the training between rounds.
-        calibration_batches: training batches shown to criteria that need data.
+        calibration_batches: training batches shown to criteria that need data, and to `reconstruct`.
+        reconstruct: restore every layer's outputs by least squares on these batches, without training.
     """
 
     kind: Literal["prune"]
@@ -107,6 +108,7 @@ class PruneStage(Config):
     rounds: Count | Literal["auto"] = 1
     finetune: FinetuneConfig | None = None
     calibration_batches: Count = 8
+    reconstruct: bool = False
 
     @field_validator("criterion")
     @classmethod

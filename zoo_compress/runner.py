@@ -228,6 +228,7 @@ def _prune_step(run: Run, step: Step) -> Result:
     base: Any = size if action.first == step.name else run.record.step(action.first).metrics["before"]
     seed = reseed(run.recipe.seed, step.index, 0)
     budget: Any = budget_of_round(action, base[stage.budget[0]])
+    data = calibration_batches(run.source, run.recipe.data, model, stage.calibration_batches)
     small = zc.prune(
         model,
         **budget,
@@ -236,7 +237,8 @@ def _prune_step(run: Run, step: Step) -> Result:
         round_to=stage.round_to,
         min_keep=stage.min_keep,
         exclude=stage.exclude,
-        data=calibration_batches(run.source, run.recipe.data, model, stage.calibration_batches),
+        data=data,
+        reconstruct=data if stage.reconstruct else None,
         layout=before,
         seed=seed,
         batch_size=run.recipe.measure.batch_size,
