@@ -147,8 +147,7 @@ def _pruned_and_runs(model: nn.Module, small: nn.Module, image: torch.Tensor, lo
     yield "pruned", "yes" if after < before else "no"
     with torch.no_grad():
         found = flat(small.eval()(image))
-    flat(small.train()(image)).sum().backward()
-    small.eval()
+    flat(copy.deepcopy(small).train()(image)).sum().backward()  # a copy: training changes statistics
     yield "forward", "yes" if found.shape == logits.shape and bool(torch.isfinite(found).all()) else "no"
 
 
@@ -237,10 +236,11 @@ def main() -> None:
     if not args.report:
         started, done = time.perf_counter(), {(row["model"], row["tool"]) for row in rows}
         models = smallest_of_each_file(args.csv.with_suffix(".models.csv"), args.only)
+        models = {file: name for file, name in models.items() if not args.only or file in args.only}
         for file, name in models.items():
             for tool in TOOLS:
                 late = time.perf_counter() - started > 60 * args.minutes
-                if (name, tool) in done or (args.only and file not in args.only) or late:
+                if (name, tool) in done or late:
                     continue
                 row = {"file": file, "model": name, "tool": tool, "params_kept": "", "error": "", **run(name, tool, args.limit)}
                 rows.append(row)
@@ -250,7 +250,7 @@ def main() -> None:
                     if new:
                         writer.writeheader()
                     writer.writerow(row)
-        missing = len(TOOLS) * len(models) - len(rows)
+        missing = sum((name, tool) not in {(row["model"], row["tool"]) for row in rows} for name in models.values() for tool in TOOLS)
         print(f"{missing} of {len(TOOLS) * len(models)} rows still missing\n" if missing else "")
     report(rows)
 
