@@ -13,6 +13,7 @@ from zoo_compress.methods.damage import damage_scores, eliminate
 from zoo_compress.structure.widths import groups
 from zoo_compress.surgery import reconstruct as reconstruct_module
 from zoo_compress.surgery.divergence import divergence, outputs
+from zoo_compress.surgery.images import parted
 from zoo_compress.surgery.moments import gather
 
 
@@ -176,3 +177,18 @@ def test_images_are_asked_for():
         zc.prune(model, macs=0.6, reconstruct=[torch.randn(2, 5, 8, 8)])
     with pytest.raises(zc.CompressError, match="at least one batch"):
         zc.prune(model, macs=0.6, reconstruct=[])
+    with pytest.raises(zc.CompressError, match="at least 2 images"):
+        zc.prune(model, macs=0.6, criterion="thinet", reconstruct=[torch.randn(1, 3, 64, 64)])
+    with pytest.raises(zc.CompressError, match="finite numbers"):
+        zc.prune(model, macs=0.6, reconstruct=[torch.full((2, 3, 64, 64), float("nan"))])
+
+
+def test_images_of_several_sizes_and_odd_batches():
+    model = settled("test_resnet", [torch.randn(8, 3, 64, 64)])
+    images = [torch.randn(3, 3, 64, 64), torch.randn(4, 3, 96, 64), torch.randn(1, 3, 64, 64)]
+    small = zc.prune(model, macs=0.7, criterion="thinet", reconstruct=[(batch, "anything") for batch in images])
+    assert zc.analyze(small).macs() == pytest.approx(0.7 * zc.analyze(model).macs(), rel=0.03)
+    assert [len(part) for part in parted(images, 1, 2, 3)] == [1, 2]
+    assert torch.equal(
+        torch.cat([part.flatten(1)[:, :9] for part in parted(images, 1, 16, 9)]), torch.cat([b.flatten(1)[:, :9] for b in images])[1::2]
+    )

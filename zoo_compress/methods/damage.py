@@ -17,10 +17,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..errors import CompressError
 from ..structure import terms
 from ..structure.layout import Layout, parse
 from ..structure.widths import Group
 from ..surgery.divergence import divergence, gives_logits, outputs
+from ..surgery.images import parted
 from ..surgery.modules import get_tensor
 from ..surgery.moments import CHUNK, Moments
 from ..surgery.reconstruct import columns_of, reconstruct_, ridge
@@ -44,7 +46,7 @@ def damage_scores(
     layout: Layout,
     groups: Sequence[Group],
     moments: Mapping[str, Moments],
-    images: Sequence[torch.Tensor],
+    images: list[torch.Tensor],
     plain: Mapping[str, np.ndarray],
     kind: str,
 ) -> dict[str, np.ndarray]:
@@ -64,7 +66,9 @@ def damage_scores(
     """
     model = copy.deepcopy(model).eval()
     cost = _costs(layout, kind)
-    held_out = torch.cat(list(images))[1::2][:TRIAL_IMAGES].split(CHUNK)
+    held_out = parted(images, 1, CHUNK, TRIAL_IMAGES)
+    if not held_out:
+        raise CompressError("data: expected at least 2 images to measure damage with, found 1")
     expected = outputs(model, held_out)
     logits = gives_logits(model, expected[0])
 
@@ -199,7 +203,7 @@ def _readers(model: nn.Module, layout: Layout, name: str, axis: str, seen: Momen
     positions = np.flatnonzero(labels >= 0)
     if len(positions) == 0:
         return []
-    weight = get_tensor(model, name).detach()
+    weight = get_tensor(model, name).detach().cpu()
     order = positions[np.argsort(labels[positions], kind="stable")].reshape(layout.axes[axis].size, -1)
     taps = weight[0, 0].numel()
     blocks = torch.stack([columns_of(torch.from_numpy(row), taps) for row in order])

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ..errors import CompressError
 from ..structure.layout import Layout, Widths
-from .images import image_batches
+from .images import fitting, image_batches
 from .resize import picks, reindex
 from .tracer import MODEL_ERRORS
 
@@ -90,7 +90,7 @@ def estimate(model: nn.Module, images: Sequence[torch.Tensor]) -> Statistics:
             norm.train()
         with torch.no_grad():
             for batch in tqdm(images, desc="statistics", unit="batch", leave=False):
-                model(batch)
+                model(fitting(model, batch))
         return _read(model)
     finally:
         for path, (momentum, count) in settings.items():

@@ -10,11 +10,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
+from .images import fitting
+
 
 def outputs(model: nn.Module, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """What a model says of each batch: its output tensors, each (batch, …), joined to one (batch, …) where there are several."""
     with torch.no_grad():
-        return [_joined(model(batch)) for batch in images]
+        return [_joined(model(fitting(model, batch))) for batch in images]
 
 
 def divergence(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], *, logits: bool) -> float:
@@ -39,9 +41,9 @@ def own_loss(output: Any, generator: torch.Generator, *, logits: bool) -> torch.
     """
     values = _joined(output)
     if logits:
-        drawn = torch.multinomial(values.detach().float().softmax(1), 1, generator=generator)[:, 0]
-        return F.cross_entropy(values.float(), drawn, reduction="sum")
-    noise = torch.randn(values.shape, generator=generator, device=values.device, dtype=values.dtype)
+        drawn = torch.multinomial(values.detach().float().softmax(1).cpu(), 1, generator=generator)[:, 0]
+        return F.cross_entropy(values.float(), drawn.to(values.device), reduction="sum")
+    noise = torch.randn(values.shape, generator=generator).to(values)
     norm = values.detach().flatten(1).norm(dim=1).clamp_min(1e-30).reshape(-1, *[1] * (values.ndim - 1))
     return (values * noise / norm).sum()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from torch import nn
 
 from ..errors import CompressError
 
@@ -36,4 +37,21 @@ def image_batches(data: Iterable[object]) -> list[torch.Tensor]:
             break
     if not found:
         raise CompressError("data: expected at least one batch of images, found none")
+    return found
+
+
+def fitting(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Images where a model is, in the precision of its weights."""
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    return images if parameter is None else images.to(parameter.device, parameter.dtype)
+
+
+def parted(images: list[torch.Tensor], half: int, size: int, limit: int) -> list[torch.Tensor]:
+    """The even (0) or odd (1) images over all batches, in batches of at most `size`, the first `limit` of them."""
+    found: list[torch.Tensor] = []
+    seen = 0
+    for batch in images:
+        chosen = batch[(half - seen) % 2 :: 2][: limit - sum(map(len, found))]
+        found += [part for part in chosen.split(size) if len(part)]
+        seen += len(batch)
     return found

@@ -23,6 +23,7 @@ from ..errors import CompressError
 from ..structure import terms
 from ..structure.layout import Layout, parse
 from .divergence import gives_logits, own_loss
+from .images import fitting
 from .tracer import MODEL_ERRORS, named_tensors
 
 ROWS = 2**15
@@ -103,7 +104,7 @@ def gather(
         weight is computed from its parameter, least squares on the parameter would not be linear.)
 
     Raises:
-        CompressError: If the model does not take the images.
+        CompressError: If the model does not take the images, or computes infinities or NaNs of them.
     """
     count = sum(map(len, images))
     model = copy.deepcopy(model).eval()
@@ -112,7 +113,7 @@ def gather(
     chunks = [chunk for batch in images for chunk in batch.split(CHUNK)]
     for chunk in tqdm(chunks, desc="layer inputs", unit="batch", leave=False):
         # The graph hangs on the image: no gradient of a parameter is computed or kept.
-        image = chunk.detach().clone().requires_grad_(sensitivity)
+        image = fitting(model, chunk).detach().clone().requires_grad_(sensitivity)
         try:
             with torch.set_grad_enabled(sensitivity), watch.batch(len(image)):
                 output = model(image)
@@ -120,8 +121,10 @@ def gather(
             raise CompressError(f"data: expected batches of images that {type(model).__name__} takes: {error}") from error
         if sensitivity:
             torch.autograd.grad(own_loss(output, generator, logits=gives_logits(model, output)), image)
-    for moments in watch.found.values():
+    for name, moments in watch.found.items():
         moments.sensitivity /= count
+        if not moments.sums.isfinite().all() or not moments.sensitivity.isfinite().all():
+            raise CompressError(f"data: expected images on which the model computes finite numbers; {name!r} reads or causes others")
     return watch.found
 
 
@@ -184,14 +187,14 @@ class _Watch(TorchFunctionMode):
         for half in range(2):
             z = inputs[(half - self._seen) % 2 :: 2].detach().float().flatten(0, 1)
             z = F.pad(z, (0, 1), value=1.0).movedim(1, 0)
-            moments.sums[half] += z.mT @ z
+            moments.sums[half] += (z.mT @ z).cpu()
             moments.rows[half] += z.shape[1]
         output._zc_layer = name  # type: ignore[attr-defined]
         if output.requires_grad:
             others = [d for d in range(output.ndim) if d != channels % output.ndim]
 
             def add(grad: torch.Tensor) -> None:
-                moments.sensitivity.add_(grad.square().sum(others).double())
+                moments.sensitivity.add_(grad.square().sum(others).double().cpu())
 
             output.register_hook(add)
 

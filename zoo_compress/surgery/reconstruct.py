@@ -48,18 +48,22 @@ def reconstruct_(
         rows, columns = (_kept(layout, layout.params[name][d], pick) for d in (0, 1))
         if columns is None:
             continue
-        weight = get_tensor(model, name).detach()
+        weight = get_tensor(model, name).detach().cpu()
         solution, shift = _fit(weight, seen, columns, halves)
         new = get_tensor(resized, name)
         if rows is not None:
             solution, shift = solution[rows], shift[rows]
         new.data.copy_(solution.reshape(new.shape))
         if seen.bias is not None:
-            get_tensor(resized, seen.bias).data.add_(shift)
+            _add(get_tensor(resized, seen.bias), shift)
         elif seen.norm is not None:
-            get_tensor(resized, seen.norm).data.sub_(shift)
+            _add(get_tensor(resized, seen.norm), -shift)
         fitted.append(name)
     return fitted
+
+
+def _add(tensor: torch.Tensor, change: torch.Tensor) -> None:
+    tensor.data.add_(change.to(tensor))
 
 
 def _kept(layout: Layout, dim: str, pick: Mapping[str, np.ndarray]) -> torch.Tensor | None:
