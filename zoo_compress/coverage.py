@@ -46,6 +46,9 @@ MIN_KEEP = 0.1
 
 MACS_TOLERANCE = 1e-3
 
+PROOF_SIDE = 128
+"""Height and width of the images of the permutation proof, where a model takes them and has the same layout."""
+
 
 class CoverageRow(BaseModel):
     """One architecture in the table. What an analysis that failed did not find out is None, and an empty cell of the file.
@@ -240,11 +243,23 @@ def prove(row: CoverageRow) -> CoverageRow:
     """The row with what the permutation proof found, on random weights."""
     started = time.perf_counter()
     model = timm.create_model(row.name).eval()
+    layout = analyze(model)
     try:
-        found: dict[str, Any] = {"permutation_error": prove_permutation(model, analyze(model))}
+        found: dict[str, Any] = {"permutation_error": prove_permutation(model, layout, _proof_input(model, layout))}
     except VerificationError as error:
         found = {"status": "wrong", "reason": str(error)}
     return row.model_copy(update={**found, "proof_seconds": round(time.perf_counter() - started, 2)})
+
+
+def _proof_input(model: nn.Module, layout: Layout) -> torch.Tensor:
+    """The smallest input that the proof of a layout may run on: that of another size is proof only if the layout there is the same."""
+    batch, channels, *sides = layout.input_shape
+    small = empty_input(model, (batch, channels, *(min(side, PROOF_SIDE) for side in sides)))
+    try:
+        same = analyze(model, small).params == layout.params
+    except AnalysisError:
+        same = False
+    return small if same else empty_input(model, layout.input_shape)
 
 
 def _wants_proof(row: CoverageRow, below: int) -> bool:
