@@ -120,7 +120,7 @@ def test_an_architecture_costs_its_own_row_only(work, reason, tmp_path, monkeypa
 
 
 def test_a_wrong_layout_is_reported(tmp_path, monkeypatch):
-    def refuted(model, layout):
+    def refuted(model, layout, example_input):
         raise zc.VerificationError("permutation proof: permuting axis 'c0' changes the output")
 
     monkeypatch.setattr(coverage, "prove_permutation", refuted)
@@ -128,6 +128,12 @@ def test_a_wrong_layout_is_reported(tmp_path, monkeypatch):
     assert run.exit_code == 2
     assert "the layout is wrong of test_resnet" in run.output
     assert rows_of(tmp_path / "coverage.csv")["test_resnet"]["status"] == "wrong"
+
+
+@pytest.mark.parametrize(("name", "side"), [("resnet18", 128), ("vit_tiny_patch16_224", 224)])
+def test_proofs_run_on_small_images_where_the_layout_is_the_same(name, side):
+    model = timm.create_model(name).eval()
+    assert coverage._proof_input(model, zc.analyze(model)).shape == (2, 3, side, side)
 
 
 def test_summary_counts_and_names_the_worst():
