@@ -22,7 +22,7 @@ from ..structure import terms
 from ..structure.layout import Layout, parse
 from ..structure.widths import Group
 from ..surgery.divergence import divergence, gives_logits, outputs
-from ..surgery.images import parted
+from ..surgery.images import fitting, parted
 from ..surgery.modules import get_tensor
 from ..surgery.moments import CHUNK, Moments
 from ..surgery.reconstruct import columns_of, reconstruct_, ridge
@@ -70,7 +70,8 @@ def damage_scores(
     if not held_out:
         raise CompressError("data: expected at least 2 images to measure damage with, found 1")
     expected = outputs(model, held_out)
-    logits = gives_logits(model, expected[0])
+    with torch.no_grad():
+        logits = gives_logits(model, model(fitting(model, held_out[0][:1])))
 
     def damage(removals: Mapping[str, Removal], sizes: Mapping[str, int]) -> float:
         widths = {name: np.sort(removals[name].order[layout.axes[name].size - size :]) for name, size in sizes.items()}
