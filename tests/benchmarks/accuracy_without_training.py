@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--criteria", nargs="+", default=["l2", "lamp", "fpgm", "taylor", "thinet"])
     parser.add_argument("--both", action="store_true", help="also with the two parts exchanged")
     parser.add_argument("--out", type=Path, default=Path("accuracy.csv"))
+    parser.add_argument("--plot", type=Path, help="PNG of top-1 against MACs (needs the extra `plots`)")
     args = parser.parse_args()
     rows = Rows(args.out)
     for name in args.models:
@@ -70,6 +71,8 @@ def main() -> None:
             data = Data(images[fold::2], labels[fold::2], images[1 - fold :: 2], labels[1 - fold :: 2])
             one_fold(name, fold, model, data, args, rows)
     print(table(rows))
+    if args.plot:
+        plot(rows, args.plot)
 
 
 class Rows(dict[tuple[str, ...], dict[str, str]]):
@@ -179,22 +182,46 @@ def by_torch_pruning(model: nn.Module, macs: float, criterion: str, data: Data) 
     return peer.prune_to_macs(model, macs, lambda small: zc.analyze(small).macs(), importance=importance)
 
 
-def table(rows: Rows) -> str:
-    """Markdown: one line per model, pruner and criterion, one column per budget and variant, top-1 over all folds done."""
-    done: dict[tuple[str, str, str], dict[tuple[str, str], list[int]]] = {}
+def totals(rows: Rows) -> dict[tuple[str, str, str], dict[tuple[float, str], float]]:
+    """(model, by, criterion) → (MACs, variant) → top-1 over the folds done."""
+    counts: dict[tuple[str, str, str], dict[tuple[float, str], list[int]]] = {}
     for (name, _, macs, by, criterion, variant), row in rows.items():
-        cell = done.setdefault((name, by, criterion), {}).setdefault((macs, variant), [0, 0])
+        cell = counts.setdefault((name, by, criterion), {}).setdefault((float(macs), variant), [0, 0])
         cell[0] += int(row["correct"])
         cell[1] += int(row["tested"])
-    columns = sorted({column for cells in done.values() for column in cells}, key=lambda c: (-float(c[0]), c[1]))
-    lines = [
-        "| model | by | criterion | " + " | ".join(f"{float(m):.0%} {v}" for m, v in columns) + " |",
-        "|---" * (3 + len(columns)) + "|",
-    ]
-    for (name, by, criterion), cells in done.items():
-        values = [f"{cells[c][0] / cells[c][1]:.3f}" if c in cells else "" for c in columns]
+    return {key: {column: right / tested for column, (right, tested) in cells.items()} for key, cells in counts.items()}
+
+
+def table(rows: Rows) -> str:
+    """Markdown: one line per model, pruner and criterion, one column per budget and variant."""
+    found = totals(rows)
+    columns = sorted({column for cells in found.values() for column in cells}, key=lambda c: (-c[0], c[1]))
+    lines = ["| model | by | criterion | " + " | ".join(f"{m:.0%} {v}" for m, v in columns) + " |", "|---" * (3 + len(columns)) + "|"]
+    for (name, by, criterion), cells in found.items():
+        values = [f"{cells[c]:.3f}" if c in cells else "" for c in columns]
         lines.append(f"| {name} | {by} | {criterion} | {' | '.join(values)} |")
     return "\n".join(lines)
+
+
+def plot(rows: Rows, path: Path) -> None:
+    from matplotlib import pyplot
+
+    found = totals(rows)
+    models = list(dict.fromkeys(name for name, _, _ in found))
+    figure, axes = pyplot.subplots(1, len(models), figsize=(6 * len(models), 4.5), squeeze=False, sharey=True)
+    for axis, model in zip(axes[0], models, strict=True):
+        dense = found[model, "dense", ""][1.0, "plain"]
+        for (name, by, criterion), cells in found.items():
+            best = "reconstruct" if by == "zoo_compress" else "statistics"
+            line = sorted((macs, top1) for (macs, variant), top1 in cells.items() if variant == best)
+            if name == model and line:
+                x, y = zip(*line, (1.0, dense), strict=True)
+                axis.plot(x, y, "o-" if by == "zoo_compress" else "x--", label=f"{by}, {criterion}, {best}")
+        axis.set(title=model, xlabel="MACs kept", ylabel="top-1, nothing trained")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":
