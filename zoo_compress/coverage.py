@@ -218,8 +218,8 @@ def macs_error(model: nn.Module, layout: Layout, seed: int = 0) -> float:
     widths = random_widths(layout, np.random.default_rng(seed))
     resized = resize(model, layout, widths).requires_grad_(False)
     with Kernels(), FlopCounterMode(display=False) as counter, torch.no_grad():
-        resized(empty_input(resized, layout.input_shape))
-    counted, computed = counter.get_total_flops() / 2 / layout.batch, layout.macs(widths)
+        resized(empty_input(resized, (1, *layout.input_shape[1:])))
+    counted, computed = counter.get_total_flops() / 2, layout.macs(widths)
     return abs(counted - computed) / max(computed, 1)
 
 

@@ -427,3 +427,24 @@ def test_recurrent_layers(kind, options, free):
     assert len(layout.free) == free, layout
     assert zc.verify(model, layout, IMAGE).permutation_error < 1e-9
     assert layout.num_params() == sum(p.numel() for p in model.parameters())
+
+
+class SharedAndOwn(nn.Module):
+    """Costs that a batch pays once (a table put through a layer) and those that every sample pays, of the image and of a latent query."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(16, 5))
+        self.mlp = nn.Linear(5, 8)
+        self.latent = nn.Parameter(torch.randn(1, 1, 8))
+        self.query = nn.Linear(8, 8)
+        self.embed = nn.Linear(3, 8)
+
+    def forward(self, x):
+        x = self.embed(x.flatten(2).mT) + self.mlp(self.table)
+        return (self.query(self.latent.expand(len(x), -1, -1)) * x).mean(1)
+
+
+def test_macs_are_those_of_a_sample_alone():
+    layout = zc.analyze(SharedAndOwn(), torch.randn(2, 3, 4, 4))
+    assert layout.macs() == 16 * 3 * 8 + 16 * 5 * 8 + 8 * 8

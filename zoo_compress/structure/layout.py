@@ -47,7 +47,8 @@ class Layout:
         scales: `module.path.attr` → the term `t` of a float attribute that holds size(t) ** -0.5, the scale that
             `scaled_dot_product_attention` takes from the head width when it is given none.
         links: Pairs of terms whose sizes must stay equal although their elements are unrelated.
-        macs_terms: (term, count) pairs; multiply-accumulates of the traced batch are the sum of count × size(term).
+        macs_terms: (term, count) pairs; multiply-accumulates of the samples of the traced batch, each run alone, are the sum of
+            count × size(term). (What a batch pays only once, a sample alone pays too.)
         fused_macs_terms: The same for the products inside fused attention.
         input_shape: Shape of that batch, (batch, channels, height, width).
         trained: Names in `params` that are parameters; the others are buffers.
@@ -110,7 +111,7 @@ class Layout:
         return Polynomial(((term, 1) for term in dims), tuple(self.axes))
 
     def macs(self, widths: Widths | None = None, *, fused_attention: bool = True) -> int:
-        """Multiply-accumulates of one sample (convolutions, matrix products, attention) at a choice of widths.
+        """Multiply-accumulates of one sample alone (convolutions, matrix products, attention) at a choice of widths.
 
         Args:
             widths: The choice; the analysed model's own without it.

@@ -101,6 +101,19 @@ def empty_input(model: nn.Module, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def _analyze(model: nn.Module, example: torch.Tensor, device: str) -> Layout:
+    tracer, dims, attributes = _run(model, example, device)
+    if tracer.shared_costs:
+        # Some of these are paid once a batch, others by every sample: with one sample more only the latter grow. A sample alone pays both.
+        more, _, _ = _run(model, example.new_empty((len(example) + 1, *example.shape[1:])), device)
+        sizes = [[u.size_of(term) for term in found.shared_costs] for found in (tracer, more)]
+        once = [term for term, here, there in zip(tracer.shared_costs, *sizes, strict=False) if here == there]
+        if len(sizes[0]) == len(sizes[1]):
+            tracer.costs += once * (len(example) - 1)
+    return finish(model, tracer, dims, attributes, input_shape=tuple(map(int, example.shape)))
+
+
+def _run(model: nn.Module, example: torch.Tensor, device: str) -> tuple[Tracer, dict[str, list[Term]], metadata.Attributes]:
+    """Run a copy of a model and infer the terms of its tensors' dimensions and of its attributes."""
     tracer = Tracer()
     clone = _copy_without_data(model) if device == "meta" else copy.deepcopy(model)
     # Modules that keep tensors between calls in eval mode forget them when they are put into training mode.
@@ -115,6 +128,7 @@ def _analyze(model: nn.Module, example: torch.Tensor, device: str) -> Layout:
     if device != "meta":
         image = torch.randn(example.shape, generator=torch.Generator().manual_seed(0)).to(example.dtype)
     tracer.set(image, _image_terms(image))
+    tracer.mark_image(image)
     with _traced(tracer, clone), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         spy = metadata.Spy(tracer, clone, attributes)
@@ -142,7 +156,7 @@ def _analyze(model: nn.Module, example: torch.Tensor, device: str) -> Layout:
         if any(not u.is_free(term) for term in terms):
             for term in terms:
                 u.freeze(term, "runs through a buffer that is computed for the input's size and not saved")
-    return finish(model, tracer, dims, attributes, input_shape=tuple(map(int, example.shape)))
+    return tracer, dims, attributes
 
 
 def _image_terms(image: torch.Tensor) -> list[Term]:
@@ -241,8 +255,15 @@ class _Operations(TorchDispatchMode):
         tensors = list(_tensors((*args, *kwargs.values())))
         tracer.seen.update(map(id, tensors))
         out = self.kernels(func, args, kwargs)
+        from_image = any(map(tracer.is_image, tensors))
+        if from_image:
+            for tensor in _tensors([out]):
+                tracer.mark_image(tensor)
         if not tracer.quiet:
+            before = len(tracer.costs)
             self._apply(func, args, kwargs, tensors, out)
+            if not from_image:
+                tracer.shared_costs += tracer.costs[before:]
         return out
 
     def _apply(self, func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor], out: Any) -> None:

@@ -26,6 +26,7 @@ class Tracer:
         links: Pairs of terms whose sizes must stay equal.
         costs: One term per convolution or matrix product, whose size is its number of multiply-accumulates for the whole batch.
         fused_costs: The same for the two products inside `scaled_dot_product_attention`.
+        shared_costs: Those of `costs` whose operands do not come from the image: relative positions put through an MLP, latent queries.
         scales: Float attribute → the head width whose inverse square root it holds.
         mixed: Dimensions along which elements influence each other.
         unknown: Operations that no rule knew and that froze an axis.
@@ -40,6 +41,7 @@ class Tracer:
         self.links: list[tuple[Term, Term]] = []
         self.costs: list[Term] = []
         self.fused_costs: list[Term] = []
+        self.shared_costs: list[Term] = []
         self.scales: dict[str, Term] = {}
         self.mixed: list[Term] = []
         self.unknown: Counter[str] = Counter()
@@ -82,6 +84,16 @@ class Tracer:
         """Whether no axis is known to run along the tensor."""
         return not hasattr(tensor, "_zc_dims") or all(isinstance(u.resolve(t), int) for t in self.dims(tensor))
 
+    @staticmethod
+    def is_image(tensor: torch.Tensor) -> bool:
+        """Whether a tensor was computed from the image."""
+        return hasattr(tensor, "_zc_image")
+
+    @staticmethod
+    def mark_image(tensor: torch.Tensor) -> None:
+        """Remember that a tensor was computed from the image."""
+        tensor._zc_image = True  # type: ignore[attr-defined]
+
     @contextmanager
     def sizes_known(self) -> Iterator[None]:
         """Within, sizes that regroup or cut dimensions are accounted for by the caller."""
@@ -103,12 +115,12 @@ class Tracer:
     @contextmanager
     def uncounted(self) -> Iterator[None]:
         """Within, operations follow their rules but cost nothing: they are not part of the model's forward pass."""
-        kept = len(self.costs), len(self.fused_costs), self.unknown.copy()
+        kept = len(self.costs), len(self.fused_costs), len(self.shared_costs), self.unknown.copy()
         try:
             yield
         finally:
-            del self.costs[kept[0] :], self.fused_costs[kept[1] :]
-            self.unknown = kept[2]
+            del self.costs[kept[0] :], self.fused_costs[kept[1] :], self.shared_costs[kept[2] :]
+            self.unknown = kept[3]
 
     def unify(self, a: Term, b: Term) -> None:
         """Two dimensions hold the same elements."""
