@@ -1,7 +1,10 @@
 """Every test runs on one thread and starts from the same seed."""
 
 import pytest
+import timm
 import torch
+
+import zoo_compress as zc
 
 torch.set_num_threads(1)
 
@@ -15,3 +18,15 @@ def pytest_addoption(parser):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A small residual network with random weights, in eval mode; tests don't change it."""
+    torch.manual_seed(0)
+    return timm.create_model("test_resnet", num_classes=10).eval()
+
+
+@pytest.fixture(scope="module")
+def layout(model):
+    return zc.analyze(model)

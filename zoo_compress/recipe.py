@@ -11,9 +11,8 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, ValidationError, field_validator, model_validator
 
 from .errors import RecipeError
+from .structure.budget import KINDS
 from .training.config import Config, Count, DataConfig, FinetuneConfig, Positive, TrainConfig
-
-BUDGETS = ("keep", "macs", "params", "latency")
 
 REMOVED_PER_ROUND = 0.1
 """`rounds: auto` prunes in as many rounds as it takes for each to remove about this fraction of what is left."""
@@ -121,9 +120,9 @@ class PruneStage(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> "PruneStage":
-        given = [name for name in BUDGETS if getattr(self, name) is not None]
+        given = [name for name in KINDS if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"expected exactly one of {', '.join(BUDGETS)}, found {' and '.join(given) or 'none'}")
+            raise ValueError(f"expected exactly one of {', '.join(KINDS)}, found {' and '.join(given) or 'none'}")
         if self.rounds == "auto" and self.budget[1] > 1:
             raise ValueError("expected a number of rounds beside an absolute budget, found 'auto'")
         if self.latency is not None and self.latency > 1 and self.rounds != 1:
@@ -136,8 +135,8 @@ class PruneStage(Config):
 
     @property
     def budget(self) -> tuple[str, float]:
-        """The quantity that is limited, one of `BUDGETS`, and its limit."""
-        return next((name, value) for name in BUDGETS if (value := getattr(self, name)) is not None)
+        """The quantity that is limited, one of `KINDS`, and its limit."""
+        return next((name, value) for name in KINDS if (value := getattr(self, name)) is not None)
 
     @property
     def num_rounds(self) -> int:

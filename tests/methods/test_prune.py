@@ -14,17 +14,6 @@ from zoo_compress.structure.budget import Budget, meet
 from zoo_compress.structure.widths import groups
 
 
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    return timm.create_model("test_resnet", num_classes=10).eval()
-
-
-@pytest.fixture(scope="module")
-def layout(model):
-    return zc.analyze(model)
-
-
 def batches(model, count=2, size=4):
     generator = torch.Generator().manual_seed(0)
     shape = model.default_cfg["input_size"]

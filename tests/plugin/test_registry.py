@@ -78,8 +78,8 @@ def test_pruning_again_records_against_the_base(tmp_path, images):
 @pytest.mark.parametrize(
     ("kwargs", "said"),
     [
-        ({}, ["expected keep=, macs=, params= or latency=", "variant="]),
-        ({"pretrained": True}, ["expected keep=, macs=, params= or latency="]),
+        ({}, ["expected one of keep=, macs=, params=, latency=", "variant="]),
+        ({"pretrained": True}, ["expected one of keep=, macs=, params=, latency="]),
         ({"keep": 0.5, "macs": 0.5}, ["exactly one"]),
         ({"keep": -1}, ["keep", "-1"]),
         ({"keep": 0.5, "no_such_argument": 1}, ["no_such_argument"]),

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import timm
 import torch
 from tqdm import tqdm
 
@@ -10,17 +9,6 @@ import zoo_compress as zc
 from zoo_compress.profiling import latency, search
 from zoo_compress.profiling.fit import fit_latency
 from zoo_compress.structure.widths import groups
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    return timm.create_model("test_resnet", num_classes=10).eval()
-
-
-@pytest.fixture(scope="module")
-def layout(model):
-    return zc.analyze(model)
 
 
 def seconds(model, clock):

@@ -176,8 +176,8 @@ def _items(model: nn.Module, layout: Layout, axis: str, statistics: dict[str, to
         if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
             outputs = 1 if getattr(module, "transposed", False) else 0
             for d in (outputs, 1 - outputs):
-                rows = _rows(layout, dims[d], axis)
-                if rows is not None:
+                rows = terms.positions(parse(dims[d]), layout.base_sizes, axis)
+                if len(rows):
                     items.append(_weights(module.weight, d, rows, statistics.get(name), scorer, is_output=d == outputs))
         elif isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)) and len(dims) == 1:
             labels = terms.labels(parse(dims[0]), layout.base_sizes, axis)
@@ -191,16 +191,6 @@ def _items(model: nn.Module, layout: Layout, axis: str, statistics: dict[str, to
             positions = np.flatnonzero(labels >= 0)
             items.append(_Item(_dependency(layer, handler), positions.tolist(), labels[positions].tolist()))
     return items
-
-
-def _rows(layout: Layout, dim: str, axis: str) -> np.ndarray | None:
-    """Positions of each element of an axis along a dimension: (size of the axis, positions an element has)."""
-    labels = terms.labels(parse(dim), layout.base_sizes, axis)
-    positions = np.flatnonzero(labels >= 0)
-    if len(positions) == 0:
-        return None
-    order = positions[np.argsort(labels[positions], kind="stable")]
-    return order.reshape(layout.axes[axis].size, -1)
 
 
 def _weights(weight: torch.Tensor, dim: int, rows: np.ndarray, statistic: torch.Tensor | None, scorer: Any, *, is_output: bool) -> _Item:

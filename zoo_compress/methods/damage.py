@@ -9,7 +9,7 @@ one half of the images, and the divergence of the predictions is taken on the ot
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ..errors import CompressError
 from ..structure import terms
+from ..structure.budget import counted
 from ..structure.layout import Layout, parse
 from ..structure.widths import Group
 from ..surgery.divergence import divergence, gives_logits, outputs
@@ -65,7 +66,12 @@ def damage_scores(
         Axis → float array (size,), comparable between axes, falling along the order of removal.
     """
     model = copy.deepcopy(model).eval()
-    cost = _costs(layout, kind)
+    # What time costs is known only once widths are searched; MACs stand in for it.
+    unit_costs = counted(layout, [name for group in groups for name in group.axes], "macs" if kind == "latency" else kind)
+
+    def cost(sizes: Mapping[str, int]) -> int:
+        return sum(polynomial(sizes) for polynomial in unit_costs)
+
     held_out = parted(images, 1, CHUNK, TRIAL_IMAGES)
     if not held_out:
         raise CompressError("data: expected at least 2 images to measure damage with, found 1")
@@ -95,14 +101,6 @@ def damage_scores(
             found[name] = np.empty(layout.axes[name].size)
             found[name][removal.order] = np.repeat(worth, layout.axes[name].size // group.steps)
     return found
-
-
-def _costs(layout: Layout, kind: str) -> Callable[[Mapping[str, int]], float]:
-    if kind == "keep":
-        return lambda sizes: sum(sizes.values())
-    if kind == "params":
-        return layout.params_polynomial
-    return lambda sizes: layout.macs_polynomial(sizes) + layout.fused_macs_polynomial(sizes)
 
 
 def _scaled(predicted: np.ndarray, measured: Mapping[int, float]) -> np.ndarray:
@@ -200,14 +198,12 @@ def eliminate(model: nn.Module, layout: Layout, axis: str, moments: Mapping[str,
 
 def _readers(model: nn.Module, layout: Layout, name: str, axis: str, seen: Moments) -> list[_Reader]:
     dims = layout.params[name]
-    labels = terms.labels(parse(dims[1]), layout.base_sizes, axis)
-    positions = np.flatnonzero(labels >= 0)
-    if len(positions) == 0:
+    places = terms.positions(parse(dims[1]), layout.base_sizes, axis)
+    if not len(places):
         return []
     weight = get_tensor(model, name).detach().cpu()
-    order = positions[np.argsort(labels[positions], kind="stable")].reshape(layout.axes[axis].size, -1)
     taps = weight[0, 0].numel()
-    blocks = torch.stack([columns_of(torch.from_numpy(row), taps) for row in order])
+    blocks = torch.stack([columns_of(torch.from_numpy(row), taps) for row in places])
     covariance, _, rows = seen.covariance()
     inverses = torch.linalg.inv(covariance + ridge(covariance, rows))
     full = weight.double().reshape(len(covariance), -1, covariance.shape[-1])

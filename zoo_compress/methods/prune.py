@@ -13,7 +13,7 @@ from torch import nn
 from ..errors import CompressError
 from ..profiling.search import RoundTo, search
 from ..structure import terms
-from ..structure.budget import Budget, meet
+from ..structure.budget import KINDS, Budget, meet
 from ..structure.layout import Layout, parse
 from ..structure.widths import Group, groups
 from ..surgery.calibrate import follow_
@@ -25,8 +25,6 @@ from ..surgery.trace import analyze, empty_input
 from ..surgery.verify import check_runs
 from .criteria import Data, lookup, scores
 from .damage import UNREAD, damage_scores
-
-BUDGETS = ("keep", "macs", "params", "latency")
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class PruneConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        budgets = [name for name in BUDGETS if getattr(self, name) is not None]
+        budgets = [name for name in KINDS if getattr(self, name) is not None]
         if len(budgets) != 1:
             raise CompressError(f"prune: expected exactly one of keep, macs, params and latency, found {', '.join(budgets) or 'none'}")
         _ = self.budget  # checks the values
@@ -70,7 +68,7 @@ class PruneConfig:
     @property
     def budget(self) -> Budget:
         """The one of the four that is given; without the multiple where that is measured."""
-        kind, value = next((name, value) for name in BUDGETS if (value := getattr(self, name)) is not None)
+        kind, value = next((name, value) for name in KINDS if (value := getattr(self, name)) is not None)
         return Budget(kind, value, self.scope, 1 if self.round_to == "auto" else self.round_to, self.min_keep)
 
     @property

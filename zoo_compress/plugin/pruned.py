@@ -13,6 +13,7 @@ from timm.models import PretrainedCfg, get_pretrained_cfg, model_entrypoint, res
 from torch import nn
 
 from ..errors import CompressError, VariantError
+from ..structure.budget import KINDS
 from ..structure.variant import OPTIONS, Variant
 from ..surgery.origin import origin
 from ..surgery.restore import check, present, restore_
@@ -166,10 +167,9 @@ def _pruned(
 
     tag = options.pop("base_tag", None)
     options.pop("variant", None)
-    if not any(options.get(budget) is not None for budget in ("keep", "macs", "params", "latency")):
-        raise CompressError(
-            f"{name}: expected keep=, macs=, params= or latency= (how much to keep) or variant= (a stored record), found none"
-        )
+    if not any(options.get(kind) is not None for kind in KINDS):
+        budgets = ", ".join(f"{kind}=" for kind in KINDS)
+        raise CompressError(f"{name}: expected one of {budgets} (how much to keep) or variant= (a stored record), found none")
     if pretrained:
         _check_pretrained(base, tag, overlay)
         source = f"{base}.{tag}" if tag else base

@@ -11,6 +11,7 @@ from timm.models import get_model_input_config
 from torch import nn
 
 from ..errors import CompressError
+from ..surgery.images import fitting
 from ..surgery.trace import analyze
 from .latency import inference, interleaved
 from .memory import activation_memory, weight_memory
@@ -95,5 +96,4 @@ def measure_many(
 
 
 def _images(model: nn.Module, batch_size: int) -> torch.Tensor:
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return torch.zeros(batch_size, *get_model_input_config(model)["input_size"], dtype=dtype)
+    return fitting(model, torch.zeros(batch_size, *get_model_input_config(model)["input_size"]))

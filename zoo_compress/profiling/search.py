@@ -16,6 +16,7 @@ from ..structure.budget import Budget, meet
 from ..structure.cost import Polynomial
 from ..structure.layout import Layout
 from ..structure.widths import Group
+from ..surgery.images import fitting
 from ..surgery.resize import resize
 from .fit import DESIGNS, fit_latency
 from .latency import inference, interleaved, ratio
@@ -103,8 +104,7 @@ def search(
     groups = [group for group in groups if all(name in scores for name in group.axes)]
     if not groups:
         raise WidthError(f"prune: cannot prune to a {budget.kind} budget: the criterion ranks no axis of this model")
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    image = torch.zeros(batch_size, *layout.input_shape[1:], dtype=dtype)
+    image = fitting(model, torch.zeros(batch_size, *layout.input_shape[1:]))
     floors = FLOORS if budget.scope == "global" else FLOORS[:1]
     ways = [(floor, multiple) for multiple in ([round_to] if isinstance(round_to, int) else MULTIPLES) for floor in floors]
     with inference([model], threads), tqdm(total=1 + DESIGNS + RACERS + 1, desc="measuring", unit="width", leave=False) as progress:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,9 @@ BALANCING = 9
 """How often the worth of attention's heads and widths is bisected until attention shrinks in step with the rest of the model, so that a
 budget of MACs holds whether or not a counter sees the products inside fused attention."""
 
+KINDS = ("keep", "macs", "params", "latency")
+"""What a budget may limit: elements of the axes that may change, multiply-accumulates, parameters, or time."""
+
 Fraction = Callable[[Sequence[int]], float]
 Steps = list[int]
 
@@ -34,7 +37,7 @@ class Budget:
     """What to keep of a model.
 
     Attributes:
-        kind: `keep` (elements of the axes that may change), `macs`, `params` or `latency`.
+        kind: One of `KINDS`.
         value: A fraction in (0, 1], or a count (milliseconds) above 1.
         scope: `global`, one ranking over all axes; or `local`, the same fraction of every axis.
         round_to: Preferred multiple for sizes, a power of two. Axes with few elements take smaller powers of two, and so do all axes
@@ -158,18 +161,28 @@ class _Cost:
         return sum(polynomial(sizes) for polynomial in self._polynomials)
 
 
+def counted(layout: Layout, names: Iterable[str], kind: str) -> list[Polynomial]:
+    """What a budget counts, in all but time: the polynomials whose values add up to it.
+
+    Args:
+        layout: The model's layout.
+        names: The axes that may change.
+        kind: `keep`, `macs` or `params`.
+    """
+    if kind == "keep":
+        return [Polynomial(((name, 1) for name in names), tuple(layout.axes))]
+    return [layout.params_polynomial] if kind == "params" else [layout.macs_polynomial, layout.fused_macs_polynomial]
+
+
 def _costs(layout: Layout, ladders: Sequence[_Ladder], kind: str, latency: Polynomial | None) -> list[_Cost]:
     """What the budget counts, and where counters disagree about it, the other way to count."""
-    if kind == "keep":
-        names = [name for ladder in ladders for name in ladder.group.axes]
-        return [_Cost(layout, ladders, [Polynomial(((name, 1) for name in names), tuple(layout.axes))])]
-    if kind == "params":
-        return [_Cost(layout, ladders, [layout.params_polynomial])]
     if kind == "latency":
         assert latency is not None
         return [_Cost(layout, ladders, [latency])]
-    everything = _Cost(layout, ladders, [layout.macs_polynomial, layout.fused_macs_polynomial])
-    return [everything, _Cost(layout, ladders, [layout.macs_polynomial])] if layout.fused_macs_terms else [everything]
+    everything = _Cost(layout, ladders, counted(layout, (name for ladder in ladders for name in ladder.group.axes), kind))
+    if kind == "macs" and layout.fused_macs_terms:
+        return [everything, _Cost(layout, ladders, [layout.macs_polynomial])]
+    return [everything]
 
 
 def _balanced(

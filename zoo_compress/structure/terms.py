@@ -163,6 +163,19 @@ def labels(term: Term, sizes: Mapping[Axis, int], axis: Axis) -> np.ndarray:
     return np.arange(sizes[term]) if term == axis else np.full(size(term, sizes), -1)
 
 
+def positions(term: Term, sizes: Mapping[Axis, int], axis: Axis) -> np.ndarray:
+    """The places of each element of `axis` along a dimension.
+
+    Returns:
+        Integer array (size of the axis, places of one element), places ascending; (0, 0) where the axis does not run along it.
+    """
+    found = labels(term, sizes, axis)
+    places = np.flatnonzero(found >= 0)
+    if len(places) == 0:
+        return np.empty((0, 0), dtype=np.int64)
+    return places[np.argsort(found[places], kind="stable")].reshape(sizes[axis], -1)
+
+
 _TOKEN = re.compile(r"\s*(?:(\d+)|([A-Za-z_]\w*)|([()+]))")
 MAX_DEPTH = 32
 

@@ -105,9 +105,9 @@ def _analyze(model: nn.Module, example: torch.Tensor, device: str) -> Layout:
     if tracer.shared_costs:
         # Some of these are paid once a batch, others by every sample: with one sample more only the latter grow. A sample alone pays both.
         more, _, _ = _run(model, example.new_empty((len(example) + 1, *example.shape[1:])), device)
-        sizes = [[u.size_of(term) for term in found.shared_costs] for found in (tracer, more)]
-        once = [term for term, here, there in zip(tracer.shared_costs, *sizes, strict=False) if here == there]
-        if len(sizes[0]) == len(sizes[1]):
+        if len(more.shared_costs) == len(tracer.shared_costs):
+            both = zip(tracer.shared_costs, more.shared_costs, strict=True)
+            once = [term for term, twin in both if u.size_of(term) == u.size_of(twin)]
             tracer.costs += once * (len(example) - 1)
     return finish(model, tracer, dims, attributes, input_shape=tuple(map(int, example.shape)))
 
