@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from zoo_compress.errors import CompressError, VariantError
 from zoo_compress.structure.layout import Axis, Layout
-from zoo_compress.structure.variant import MAX_TERM, Variant, record
+from zoo_compress.structure.stored import MAX_TERM
+from zoo_compress.structure.variant import Variant, record
 
 
 def plain(**changes):

@@ -95,3 +95,15 @@ def test_zeroing_runs_where_nothing_normalises():
     assert zc.verify(model, zc.analyze(model, image), image).zeroing_error < 1e-12
     model[1] = nn.GroupNorm(1, 8)
     assert zc.verify(model, zc.analyze(model, image), image).zeroing_error is None
+
+
+def test_rounding_in_a_deep_network_is_no_wrong_layout():
+    """Activations that grow from layer to layer would overflow, or drown the output in rounding."""
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8), nn.SiLU()) for _ in range(200)]
+    for layer in layers:
+        layer[0].weight.data *= 1e4
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)).eval()
+    image = torch.randn(2, 3, 8, 8)
+    layout = zc.analyze(model, image)
+    assert zc.verify(model, layout, image).permutation_error < 1e-9

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import CompressError, VariantError
 from ..structure.variant import OPTIONS, Variant
+from ..surgery.elastic import Elastic
 from .weights import CONFIG, DIGEST, WEIGHTS, digest
 
 
@@ -109,6 +110,8 @@ def _check_saveable(model: nn.Module) -> None:
     if not hasattr(model, "num_classes"):
         raise CompressError(f"save: expected a whole model, found the feature extractor {what} of {architecture}")
     record = getattr(model, "_model_args", {}).get("variant")
+    if isinstance(model, Elastic) and record is None:
+        raise CompressError(f"save: {what} is for training only; save what its export() gives")
     if record is not None and Variant.from_dict(record).architecture != architecture:
         raise VariantError(f"save: the model's record is of {Variant.from_dict(record).architecture}, its cfg of {architecture}")
 

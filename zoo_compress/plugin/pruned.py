@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from timm.models import PretrainedCfg, get_pretrained_cfg, model_entrypoint, resolve_pretrained_cfg
+from timm.models import PretrainedCfg
 from torch import nn
 
-from ..errors import CompressError, VariantError
+from ..errors import CompressError
 from ..structure.budget import KINDS
-from ..structure.variant import OPTIONS, Variant
 from ..surgery.origin import origin
-from ..surgery.restore import check, present, restore_
-from . import weights
-from .builder import Built, build
-from .skip_init import skip_init
+from .builder import Built
+from .request import Request, answer, restored
 
 __all__ = ["create"]
 
 _logger = logging.getLogger(__name__)
 
-METHOD = "pruned"
+OPTIONS = (*KINDS, "criterion", "scope", "round_to", "min_keep", "exclude", "seed", "batch_size", "threads")
+"""Arguments of `zoo_compress.prune` that are JSON values."""
 
 
 def create(base: str, **kwargs: Any) -> nn.Module:
@@ -47,149 +41,37 @@ def create(base: str, **kwargs: Any) -> nn.Module:
     Raises:
         CompressError: Whatever goes wrong, with its cause.
     """
-    name = f"{base}__{METHOD}"
-    try:
-        return _create(base, name, **kwargs)
-    except CompressError:
-        raise
-    except Exception as error:
-        raise CompressError(f"{name}: {type(error).__name__}: {error}") from error
+    return answer(_create, base, "pruned", **kwargs)
 
 
-def _create(
-    base: str,
-    name: str,
-    *,
-    pretrained: bool = False,
-    pretrained_cfg: str | dict[str, Any] | PretrainedCfg | None = None,
-    pretrained_cfg_overlay: dict[str, Any] | None = None,
-    pretrained_model_args: dict[str, Any] | None = None,
-    cache_dir: str | Path | None = None,
-    **kwargs: Any,
-) -> nn.Module:
-    options = {key: kwargs.pop(key) for key in OPTIONS & kwargs.keys()}
-    cfg = replace(_resolve(name, pretrained_cfg, pretrained_cfg_overlay), architecture=name)
-    saved = pretrained_model_args or {}
-    if options.get("variant") is not None:
-        variant = Variant.from_dict(options.pop("variant"))
-        if variant.architecture != name:
-            raise VariantError(f"variant.base: expected {base!r} for {name}, found a record of {variant.architecture}")
-        chosen = {key: value for key, value in options.items() if value != saved.get(key)}
-        if chosen:
-            raise CompressError(f"{name}: {', '.join(chosen)} given with a stored variant; load it, then prune it with zoo_compress.prune")
-        load = _from_source(cfg, cache_dir) if pretrained else _keep
-        args = {"cache_dir": cache_dir, "pretrained_model_args": saved, **variant.base_args, **kwargs}
-        # With other classes or channels than the weights', some parameters keep the values they are built with.
-        whole = kwargs.get("num_classes") in (None, cfg.num_classes) and kwargs.get("in_chans") in (None, cfg.input_size[0])
-        with skip_init() if pretrained and whole else nullcontext():
-            return _restored(variant, cfg, load, {**variant.base_args, **_without_options(saved)}, args)
-    if isinstance(pretrained_cfg, Mapping) and weights.has_source(cfg):
-        raise VariantError(f"{cfg.file or cfg.hf_hub_id or name}: expected a record 'variant' in model_args of config.json, found none")
-    small = _pruned(base, name, pretrained, pretrained_cfg_overlay, cache_dir, options, kwargs)
-    cfg = PretrainedCfg(**small.pretrained_cfg)  # type: ignore[arg-type]
-    variant = origin(small).previous  # type: ignore[union-attr, assignment]
+def _create(request: Request) -> nn.Module:
+    variant = request.stored()
+    if variant is not None:
+        return request.restore(variant)[0]
+    small = _pruned(request)
+    made = origin(small).previous  # type: ignore[union-attr]
+    assert made is not None
     state = small.state_dict()
 
     def copy(built: Built) -> None:
         built.model.load_state_dict({key: state[key] for key in built.model.state_dict()})
 
-    return _restored(variant, cfg, copy, variant.base_args, {**variant.base_args, **kwargs})
+    return restored(made, PretrainedCfg(**small.pretrained_cfg), copy, made.base_args, {**made.base_args, **request.args})  # type: ignore[arg-type]
 
 
-def _resolve(name: str, cfg: str | dict[str, Any] | PretrainedCfg | None, overlay: dict[str, Any] | None) -> PretrainedCfg:
-    try:
-        return resolve_pretrained_cfg(name, cfg, overlay)  # type: ignore[arg-type]
-    except RuntimeError as error:
-        raise CompressError(
-            f"{name}: there is no published checkpoint {cfg!r}; without a tag, pretrained=True prunes the base's weights (base_tag= "
-            "chooses which)"
-        ) from error
-
-
-def _restored(
-    variant: Variant, cfg: PretrainedCfg, load: Callable[[Built], None], source_args: dict[str, Any], kwargs: dict[str, Any]
-) -> nn.Module:
-    entrypoint = model_entrypoint(variant.base)
-
-    def between(built: Built) -> None:
-        fitting = present(built.model, variant)
-        if fitting != variant:
-            # The model was asked for without its classifier, or as features. The record must still fit what it was made of.
-            check(entrypoint(pretrained=False, **source_args), variant)
-        restore_(built.model, fitting)
-        load(built)
-
-    model = build(entrypoint, replace(cfg, state_dict=None), between, **kwargs)
-    model._model_args = {"variant": variant.to_dict()}  # type: ignore[assignment]
-    return model
-
-
-def _keep(built: Built) -> None:
-    """Leave the weights as they are: the first of the base's random ones."""
-
-
-def _from_source(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Callable[[Built], None]:
-    def load(built: Built) -> None:
-        state, where = weights.read(cfg, cache_dir)
-        other_classes = built.num_classes != cfg.num_classes
-        other_input = built.in_chans != cfg.input_size[0]
-        adapted = {
-            f"{module}.{key}"
-            for names, differs in ((cfg.classifier, other_classes), (_first_conv(built.model, cfg), other_input))
-            for module in (names if isinstance(names, (tuple, list)) else [names])
-            for key in ("weight", "bias")
-            if differs and module
-        }
-
-        def fits(state: dict[str, Any], strict: bool) -> None:
-            weights.check(built.model, state, where, strict=strict and not other_classes, adapted=adapted)
-
-        built.load(state, fits)
-
-    return load
-
-
-def _first_conv(model: nn.Module, cfg: PretrainedCfg) -> Any:
-    return getattr(model, "_traits", {}).get("first_conv", cfg.first_conv)
-
-
-def _pruned(
-    base: str,
-    name: str,
-    pretrained: bool,
-    overlay: dict[str, Any] | None,
-    cache_dir: str | Path | None,
-    options: dict[str, Any],
-    kwargs: dict[str, Any],
-) -> nn.Module:
-    """The base, built as a classifier with the user's arguments, pruned by the user's budget."""
+def _pruned(request: Request) -> nn.Module:
+    """The base, pruned by the user's budget."""
     from ..methods.prune import prune
 
-    tag = options.pop("base_tag", None)
-    options.pop("variant", None)
+    options = request.chosen(OPTIONS)
     if not any(options.get(kind) is not None for kind in KINDS):
         budgets = ", ".join(f"{kind}=" for kind in KINDS)
-        raise CompressError(f"{name}: expected one of {budgets} (how much to keep) or variant= (a stored record), found none")
-    if pretrained:
-        _check_pretrained(base, tag, overlay)
-        source = f"{base}.{tag}" if tag else base
-        _logger.warning("%s: pruned from the weights of %s and not fine-tuned; train it before use.", name, source)
+        raise CompressError(f"{request.name}: expected one of {budgets} (how much to keep) or variant= (a stored record), found none")
+    model = request.base_model()
+    if request.pretrained:
+        tag = request.options.get("base_tag")
+        source = f"{request.base}.{tag}" if tag else request.base
+        _logger.warning("%s: pruned from the weights of %s and not fine-tuned; train it before use.", request.name, source)
     else:
         options.setdefault("scope", "local")
-    own = {key: value for key, value in kwargs.items() if not key.startswith("feature") and key != "out_indices"}
-    model = model_entrypoint(base)(pretrained=pretrained, pretrained_cfg=tag, pretrained_cfg_overlay=overlay, cache_dir=cache_dir, **own)
-    model._model_args = {key: value for key, value in own.items() if key not in ("device", "dtype")}
     return prune(model, **options)
-
-
-def _check_pretrained(base: str, tag: str | None, overlay: dict[str, Any] | None) -> None:
-    try:
-        cfg = get_pretrained_cfg(f"{base}.{tag}" if tag else base)
-    except RuntimeError as error:
-        raise CompressError(f"{base}: timm has no weights {tag!r} (base_tag=) for it") from error
-    if not (cfg and weights.has_source(replace(cfg, **overlay or {}))):
-        raise CompressError(f"{base}: timm has no pretrained weights for it; use pretrained=False, or pretrained_cfg_overlay= to name some")
-
-
-def _without_options(args: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in args.items() if key not in OPTIONS}

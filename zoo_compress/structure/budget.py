@@ -18,9 +18,6 @@ from .widths import Group
 TOLERANCE = 0.02
 """A choice may miss the fraction asked for by this much; else there is an error that says what is reachable."""
 
-CHOICES = 8
-"""Rounding leaves every group of axes at least this many sizes to choose from, if it has as many."""
-
 BALANCING = 9
 """How often the worth of attention's heads and widths is bisected until attention shrinks in step with the rest of the model, so that a
 budget of MACs holds whether or not a counter sees the products inside fused attention."""
@@ -135,13 +132,8 @@ class _Ladder:
 
     def allowed(self, fineness: int) -> np.ndarray:
         """Steps, ascending, at which the largest axis has a size that divides well; each fineness halves the multiple."""
-        steps = np.arange(1, self.group.steps + 1)
-        sizes = max(self.group.sizes) * steps // self.group.steps
-        multiple = self._round_to
-        while multiple > 1 and (sizes % multiple == 0).sum() < min(CHOICES, self.group.steps):
-            multiple //= 2
-        good = steps[sizes % max(1, multiple >> fineness) == 0]
-        return np.union1d(good[good >= self.least], [self.group.steps])
+        good = self.group.rounded(self._round_to, fineness)
+        return good[good >= self.least]
 
 
 class _Cost:

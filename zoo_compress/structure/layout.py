@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import TypeAlias
 
@@ -88,6 +88,28 @@ class Layout:
         """Share of the parameters that a free axis runs along, in 0…1."""
         sizes = {name: math.prod(terms.size(parse(dim), self.base_sizes) for dim in self.params[name]) for name in self.trained}
         return sum(size for name, size in sizes.items() if self.moves(name)) / max(sum(sizes.values()), 1)
+
+    def settled(self) -> Layout:
+        """The same layout with a number in place of every axis that may not change."""
+
+        def written(text: str) -> str:
+            return str(terms.substitute(parse(text), lambda name: name if self.axes[name].frozen is None else self.axes[name].size))
+
+        def varying(texts: Mapping[str, str]) -> dict[str, str]:
+            return {path: text for path, old in texts.items() if not (text := written(old)).isdigit()}
+
+        links = ((written(a), written(b)) for a, b in self.links)
+        return replace(
+            self,
+            params={name: tuple(map(written, dims)) for name, dims in self.params.items()},
+            axes={name: self.axes[name] for name in self.free},
+            attributes=varying(self.attributes),
+            scales=varying(self.scales),
+            links=tuple((a, b) for a, b in links if not (a.isdigit() and b.isdigit())),
+            macs_terms=tuple((written(term), count) for term, count in self.macs_terms),
+            fused_macs_terms=tuple((written(term), count) for term, count in self.fused_macs_terms),
+            normalised=self.normalised & set(self.free),
+        )
 
     @cached_property
     def base_sizes(self) -> dict[str, int]:

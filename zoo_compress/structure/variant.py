@@ -11,29 +11,23 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints,
 
 from ..errors import VariantError
 from . import terms
+from .bank import Bank
 from .layout import Layout, parse
+from .stored import MAX_ENTRIES, AxisName, Name, Path, Size, TermText
 
 VERSION: Literal[1] = 1
 
 OPTIONS = frozenset(
     {"variant", "keep", "macs", "params", "latency", "criterion", "scope", "round_to", "min_keep", "exclude", "seed", "base_tag"}
-    | {"batch_size", "threads"}
+    | {"batch_size", "threads", "widths", "universal", "r", "s"}
 )
 """Arguments of the plugin's entrypoints that say how to compress; never arguments of a base."""
 
-MAX_SIZE = 2**31 - 1
-MAX_ENTRIES = 65_536
-MAX_TERM = 4096
 # Parsing a term is quadratic in its length: this many squared characters take seconds at worst, and DenseNets need a quarter of them.
 MAX_PARSE_WORK = 2**28
 MAX_JSON = 65_536
 
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]+$", max_length=128)]
-AxisName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=64)]
-Path = Annotated[str, StringConstraints(min_length=1, max_length=512)]
-TermText = Annotated[str, StringConstraints(min_length=1, max_length=MAX_TERM)]
 Dims = Annotated[tuple[TermText | None, ...], Field(strict=False, max_length=16)]
-Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 Dimensions = tuple[str | None, ...]
 Scalar = str | int | float | bool | None
 
@@ -55,6 +49,7 @@ class Variant(BaseModel):
             as the base has it, whatever number of classes or input channels that base is built for.
         attributes: `module.path.attr` (`attr[i]`, `attr[i].key`) → term whose size it holds.
         scales: `module.path.attr` → term `t` of a float attribute that holds size(t) ** -0.5.
+        bank: What runs at many widths, in a network that does.
         provenance: Recipe, seed, versions, hash of the parent checkpoint, … as JSON scalars.
     """
 
@@ -68,6 +63,7 @@ class Variant(BaseModel):
     params: dict[Path, Dims] = Field(max_length=MAX_ENTRIES)
     attributes: dict[Path, TermText] = Field(default={}, max_length=MAX_ENTRIES)
     scales: dict[Path, TermText] = Field(default={}, max_length=MAX_ENTRIES)
+    bank: Bank | None = None
     provenance: dict[Name, Scalar] = Field(default={}, max_length=256)
 
     @field_validator("base_args")
@@ -96,6 +92,8 @@ class Variant(BaseModel):
             unknown = set(terms.axes(parse(text))) - self.sizes.keys()
             if unknown:
                 raise ValueError(f"term {text[:80]!r}: axis {min(map(str, unknown))!r} has no entry in sizes")
+        if self.bank is not None:
+            self.bank.check(self.sizes)
         return self
 
     @property
@@ -109,6 +107,8 @@ class Variant(BaseModel):
             yield from (term for term in dims if term is not None)
         yield from self.attributes.values()
         yield from self.scales.values()
+        if self.bank is not None:
+            yield from self.bank.terms()
 
     def size(self, term: str) -> int:
         """Size of a term at the recorded sizes of axes."""
@@ -120,7 +120,7 @@ class Variant(BaseModel):
 
     def to_dict(self) -> dict[str, Any]:
         """The record as JSON values, for `config.json`."""
-        return self.model_dump(mode="json")
+        return self.model_dump(mode="json", exclude={"bank"} if self.bank is None else None)
 
     @classmethod
     def from_dict(cls, obj: object) -> Variant:
@@ -172,6 +172,7 @@ def record(
     base: str,
     base_args: Mapping[str, Any] | None = None,
     previous: Variant | None = None,
+    bank: Bank | None = None,
     provenance: Mapping[str, Scalar] | None = None,
 ) -> Variant:
     """Write down a choice of widths as a record against the base architecture.
@@ -184,6 +185,7 @@ def record(
         base_args: Its construction arguments; see `Variant.base_args`.
         previous: The record of the model that was resized, if that one was compressed before. What it had reshaped and the layout
             regards as frozen, or does not know, is written with plain numbers.
+        bank: See `Variant.bank`.
         provenance: See `Variant.provenance`.
 
     Raises:
@@ -218,6 +220,7 @@ def record(
             "params": entries(layout.params, previous.params if previous else {}),
             "attributes": single(layout.attributes, previous.attributes if previous else {}),
             "scales": single(layout.scales, previous.scales if previous else {}),
+            "bank": None if bank is None else bank.model_dump(),
             "provenance": dict(provenance or {}),
         }
     )

@@ -5,10 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
 
 from . import terms
 from .layout import Layout, parse
 from .terms import Product, Sum, Term
+
+CHOICES = 8
+"""Rounding leaves every group of axes at least this many sizes to choose from, if it has as many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +37,35 @@ class Group:
         """The lowest step that keeps at least this fraction of the axes."""
         return max(1, math.ceil(min_keep * self.steps - 1e-9))
 
+    def rounded(self, round_to: int, fineness: int = 0) -> np.ndarray:
+        """Steps, ascending, at which the largest axis has a size that divides well, and the whole.
+
+        Args:
+            round_to: The multiple to prefer. A group with few steps takes a smaller power of two, so that it has `CHOICES` of them.
+            fineness: How often to halve the multiple after that.
+        """
+        return _rounded(self, round_to, fineness)
+
+    def near(self, width: float, round_to: int) -> int:
+        """The rounded step nearest to a fraction of the group; of two as near, the wider."""
+        wanted, allowed = width * self.steps, self.rounded(round_to)
+        place = int(np.searchsorted(allowed, wanted))
+        if place == 0 or (place < len(allowed) and allowed[place] - wanted <= wanted - allowed[place - 1]):
+            return int(allowed[place])
+        return int(allowed[place - 1])
+
+
+@lru_cache(maxsize=4096)
+def _rounded(group: Group, round_to: int, fineness: int) -> np.ndarray:
+    steps = np.arange(1, group.steps + 1)
+    sizes = max(group.sizes) * steps // group.steps
+    multiple = round_to
+    while multiple > 1 and (sizes % multiple == 0).sum() < min(CHOICES, group.steps):
+        multiple //= 2
+    found = np.union1d(steps[sizes % max(1, multiple >> fineness) == 0], [group.steps])
+    found.setflags(write=False)
+    return found
+
 
 def groups(layout: Layout) -> list[Group]:
     """Partition the axes that can change into groups that change in step.
@@ -50,6 +85,17 @@ def groups(layout: Layout) -> list[Group]:
 def least(layout: Layout, min_keep: float) -> dict[str, int]:
     """The smallest sizes of the axes that can change, each keeping at least the fraction `min_keep` of itself."""
     return {name: size for group in groups(layout) for name, size in group.at(group.least(min_keep)).items()}
+
+
+def uniform(groups: Iterable[Group], width: float, round_to: int) -> dict[str, int]:
+    """Sizes of the axes that can change at one fraction of them all, rounded as a budget rounds.
+
+    Args:
+        groups: The groups of axes that can change.
+        width: The fraction, in (0, 1].
+        round_to: Preferred multiple for sizes; see `Group.rounded`.
+    """
+    return {name: size for group in groups for name, size in group.at(group.near(width, round_to)).items()}
 
 
 def unsolvable(free: Mapping[str, int], links: Iterable[tuple[Term, Term]]) -> set[str]:

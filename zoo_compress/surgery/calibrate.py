@@ -1,48 +1,85 @@
-"""Statistics of BatchNorms, estimated again on images."""
+"""Statistics of normalisation layers, estimated again on images."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from ..errors import CompressError
+from ..structure.bank import Choice
 from ..structure.layout import Layout, Widths
+from .elastic import Elastic
 from .images import fitting, image_batches
+from .modules import get_tensor, statistics
 from .resize import picks, reindex
 from .tracer import MODEL_ERRORS
 
 Module = TypeVar("Module", bound=nn.Module)
-Statistics = dict[str, tuple[torch.Tensor, torch.Tensor]]
-"""Path of a BatchNorm → mean and variance of its input."""
+E = TypeVar("E", bound=Elastic)
+Statistics = dict[str, torch.Tensor]
+"""Name of a buffer (`bn1.running_mean`, `bn1.running_var`) → its value."""
 
 
-def calibrate(model: Module, data: Iterable[object]) -> Module:
+@overload
+def calibrate(model: Module, data: Iterable[object], /) -> Module: ...
+@overload
+def calibrate(model: E, width: float | Mapping[str, int], data: Iterable[object], /) -> E: ...
+def calibrate(model: Any, *arguments: Any) -> Any:
     """Re-estimate the running statistics of every BatchNorm, in place, as the average over all batches.
 
-    After channels were removed, the statistics of what comes after no longer hold. Nothing is trained: weights stay as they are (Yu & Huang
-    2019, Universally Slimmable Networks, section 3.4). What is found holds for these images; a few hundred differ from what a model was
-    trained on, which costs accuracy. `zoo_compress.prune(…, reconstruct=data)` corrects only what pruning changed.
+    `calibrate(model, data)`: after channels were removed, the statistics of what comes after no longer hold. Nothing is trained: weights
+    stay as they are (Yu & Huang 2019, Universally Slimmable Networks, section 3.4). What is found holds for these images; a few hundred
+    differ from what a model was trained on, which costs accuracy. `zoo_compress.prune(…, reconstruct=data)` corrects only what pruning
+    changed.
+
+    `calibrate(net, width, data)`: the same for one choice of widths of a slimmable network, which keeps what is found beside that of its
+    other widths. The chosen width of the network stays as it was.
 
     Args:
         model: The model. Its training mode is left as it was.
+        width: A fraction of the widths, or axis → size.
         data: Batches of images (batch, channels, height, width), or of (images, anything).
 
     Returns:
         The same model.
 
     Raises:
-        CompressError: If `data` gives no batches that the model takes; the statistics are then as they were.
+        CompressError: If `data` gives no batches that the model takes; the statistics are then as they were. If the network does not run
+            at that width.
     """
+    if len(arguments) not in (1, 2) or (len(arguments) == 2 and not isinstance(model, Elastic)):
+        raise CompressError(
+            f"calibrate: expected (model, images), or (net, width, images) of a slimmable network, found {type(model).__name__} and "
+            f"{len(arguments)} more arguments"
+        )
+    *width, data = arguments
     batches = image_batches(data)
     try:
-        _write(model, estimate(model, batches))
+        if width:
+            _calibrate_width(model, width[0], batches)
+        else:
+            _write(model, estimate(model, batches))
     except MODEL_ERRORS as error:
+        if isinstance(error, CompressError):
+            raise
         raise CompressError(f"data: expected batches of images that {type(model).__name__} takes: {error}") from error
     return model
+
+
+def _calibrate_width(net: Elastic, width: float | Mapping[str, int], batches: Sequence[torch.Tensor]) -> None:
+    before = net.sizes
+    sizes, fraction = net.sizes_at(width)
+    net.set_widths(sizes)
+    try:
+        with net.at_widths():
+            found = estimate(net, batches)
+        net.add_choice(Choice(sizes=sizes, width=fraction), found)
+    finally:
+        net.set_widths(before)
 
 
 def follow_(resized: nn.Module, model: nn.Module, layout: Layout, widths: Widths, images: Sequence[torch.Tensor]) -> None:
@@ -62,58 +99,54 @@ def follow_(resized: nn.Module, model: nn.Module, layout: Layout, widths: Widths
     pick = picks(layout, widths)
     stored, before, after = _read(model), estimate(model, images), estimate(resized, images)
 
-    def kept(path: str, statistic: torch.Tensor) -> torch.Tensor:
-        chosen = reindex(statistic, layout.params[f"{path}.running_mean"], layout, pick)
+    def kept(name: str, statistic: torch.Tensor) -> torch.Tensor:
+        chosen = reindex(statistic, layout.params[name], layout, pick)
         return statistic if chosen is None else chosen
 
     changed = {}
-    for path, (new_mean, new_variance) in after.items():
-        (mean, variance), (old_mean, old_variance) = ((kept(path, t) for t in known[path]) for known in (stored, before))
-        tiny = torch.finfo(variance.dtype).tiny
-        scale = (variance / old_variance.clamp_min(tiny)).sqrt()
-        changed[path] = mean + (new_mean - old_mean) * scale, variance * (new_variance / old_variance.clamp_min(tiny))
+    for name, new in after.items():
+        if not name.endswith("running_var"):
+            continue
+        mean = f"{name.removesuffix('var')}mean"
+        variance, old = kept(name, stored[name]), kept(name, before[name]).clamp_min(torch.finfo(new.dtype).tiny)
+        changed[name] = variance * (new / old)
+        if mean in after:
+            changed[mean] = kept(mean, stored[mean]) + (after[mean] - kept(mean, before[mean])) * (variance / old).sqrt()
     _write(resized, changed)
 
 
 def estimate(model: nn.Module, images: Sequence[torch.Tensor]) -> Statistics:
-    """The statistics that BatchNorms have on some batches when each normalises by its own batch. The model is left as it was."""
-    norms, stored = _norms(model), _read(model)
+    """The statistics that normalisation layers have on some batches when each normalises by its own. The model is left as it was."""
+    norms = [model.get_submodule(path) for path in statistics(model)]
     if not norms:
         return {}
-    settings = {path: (norm.momentum, norm.num_batches_tracked) for path, norm in norms.items()}
+    buffers = [(buffer, buffer.clone()) for norm in norms for buffer in norm._buffers.values() if buffer is not None]
+    momenta = [getattr(norm, "momentum", None) for norm in norms]
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        for norm in norms.values():
-            norm.momentum = None  # the cumulative average
-            norm.num_batches_tracked = torch.zeros((), dtype=torch.long)
+        for norm in norms:
             norm.train()
         with torch.no_grad():
-            for batch in tqdm(images, desc="statistics", unit="batch", leave=False):
-                model(fitting(model, batch))
+            for batch, part in enumerate(tqdm(images, desc="statistics", unit="batch", leave=False)):
+                for norm in norms:
+                    norm.momentum = 1 / (batch + 1)  # type: ignore[assignment]  # the cumulative average
+                model(fitting(model, part))
         return _read(model)
     finally:
-        for path, (momentum, count) in settings.items():
-            norms[path].momentum, norms[path].num_batches_tracked = momentum, count
-        _write(model, stored)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum  # type: ignore[assignment]
+        for buffer, value in buffers:
+            buffer.copy_(value)
         for module, training in modes:
             module.training = training
 
 
-def _norms(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
-    return {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
-    }
-
-
 def _read(model: nn.Module) -> Statistics:
-    return {path: (norm.running_mean.clone(), norm.running_var.clone()) for path, norm in _norms(model).items()}  # type: ignore[union-attr]
+    names = [name for names in statistics(model).values() for name in names if name.rpartition(".")[2].startswith("running_")]
+    return {name: get_tensor(model, name).detach().clone() for name in names}
 
 
-def _write(model: nn.Module, statistics: Statistics) -> None:
-    for path, norm in _norms(model).items():
-        if path in statistics:
-            norm.running_mean.copy_(statistics[path][0])  # type: ignore[union-attr]
-            norm.running_var.copy_(statistics[path][1])  # type: ignore[union-attr]
+def _write(model: nn.Module, found: Statistics) -> None:
+    for name, value in found.items():
+        get_tensor(model, name).copy_(value)

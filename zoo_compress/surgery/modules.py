@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from timm.models import FeatureInfo
@@ -42,6 +43,30 @@ def set_attribute(model: nn.Module, path: str, value: object) -> None:
     _put(module.__dict__, steps, value)
 
 
+def places(model: nn.Module, values: Mapping[str, object]) -> list[tuple[Any, Any, Any]]:
+    """Where values at attribute paths are kept and what has to be put there for all of them to change.
+
+    Args:
+        model: The root of the paths.
+        values: Attribute path → new value; see `get_attribute` for paths and errors.
+
+    Returns:
+        (container, key, new value) with a dictionary or list as container: tuples, which cannot change, are made anew, once for all the
+        values in them.
+    """
+    found: dict[tuple[int, Step], list[Any]] = {}
+    for path, value in values.items():
+        get_attribute(model, path)
+        module, (key, *steps) = _locate(model, path)
+        container: Any = module.__dict__
+        while steps and not isinstance(container[key], tuple):
+            inner = container[key]
+            container, (key, *steps) = inner.info if isinstance(inner, FeatureInfo) else inner, steps
+        place = found.setdefault((id(container), key), [container, key, copy.deepcopy(container[key]) if steps else None])
+        place[2] = _put(place[2], steps, value)
+    return [(container, key, value) for container, key, value in found.values()]
+
+
 def get_tensor(model: nn.Module, name: str) -> Tensor:
     """The parameter or buffer of that name.
 
@@ -55,6 +80,17 @@ def get_tensor(model: nn.Module, name: str) -> Tensor:
         if tensor is not None:
             return tensor
     raise AttributeError(f"{type(model).__name__} has no parameter or buffer {name!r}")
+
+
+def holders(model: nn.Module) -> dict[int, list[tuple[dict[str, Any], str]]]:
+    """Identity of every parameter and buffer → the dictionaries of modules that hold it, each with its key there."""
+    found: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for key, tensor in tensors.items():
+                if tensor is not None:
+                    found.setdefault(id(tensor), []).append((tensors, key))
+    return found
 
 
 def set_tensors(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -74,10 +110,10 @@ def set_tensors(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None
             old.grad = None
         else:
             buffers[id(old)] = tensor
-    for module in model.modules():
-        for key, buffer in module._buffers.items():
-            if id(buffer) in buffers:
-                module._buffers[key] = buffers[id(buffer)]
+    held = holders(model) if buffers else {}
+    for identity, tensor in buffers.items():
+        for tensors_of_module, key in held[identity]:
+            tensors_of_module[key] = tensor
 
 
 def make_persistent(model: nn.Module, name: str) -> None:
@@ -148,3 +184,16 @@ def _put(container: Any, steps: list[Step], value: object) -> Any:
     at = int(step)  # into a tuple only
     items = [*container[:at], item, *container[at + 1 :]]
     return container._make(items) if hasattr(container, "_make") else type(container)(items)
+
+
+def statistics(model: nn.Module) -> dict[str, list[str]]:
+    """Path of every layer that keeps running statistics of its input → names of its own parameters and buffers.
+
+    Such layers are known by torch's convention for them: buffers whose names begin with `running_`.
+    """
+    found = {}
+    for path, module in model.named_modules():
+        if any(key.startswith("running_") and buffer is not None for key, buffer in module._buffers.items()):
+            own = {**module._parameters, **module._buffers}
+            found[path] = [f"{path}.{key}" if path else key for key, tensor in own.items() if tensor is not None]
+    return found

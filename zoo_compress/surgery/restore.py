@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from ..errors import VariantError
+from ..structure.layout import Axis, Layout
 from ..structure.variant import Variant
 from .modules import clear_caches, get_attribute, get_tensor, make_persistent, set_attribute, set_tensors
+from .tracer import named_tensors
 
 
 def restore_(model: nn.Module, variant: Variant) -> nn.Module:
@@ -81,6 +83,32 @@ def check(model: nn.Module, variant: Variant) -> None:
         size = variant.size(term)
         if size < 1 or not math.isfinite(current) or size**-0.5 < current * (1 - 1e-6):
             raise VariantError(f"variant.scales[{path!r}]: expected a width of at most the base's (scale {current:g}), found {size}")
+
+
+def recorded_layout(model: nn.Module, variant: Variant) -> Layout:
+    """The layout of a restored model, as its record tells it; nothing is traced.
+
+    Args:
+        model: What `restore_` made.
+        variant: The record, with a bank.
+    """
+    bank = variant.bank
+    assert bank is not None
+    params = {}
+    for name, tensor in named_tensors(model):
+        stored = variant.params.get(name, (None,) * tensor.ndim)
+        params[name] = tuple(str(n) if term is None else term for term, n in zip(stored, tensor.shape, strict=True))
+    return Layout(
+        params=params,
+        axes={name: Axis(size, ordered=name in bank.ordered) for name, size in variant.sizes.items()},
+        attributes=variant.attributes,
+        scales=variant.scales,
+        links=bank.links,
+        macs_terms=bank.macs_terms,
+        fused_macs_terms=bank.fused_macs_terms,
+        input_shape=bank.input_shape,
+        trained=frozenset(name for name, _ in model.named_parameters()),
+    )
 
 
 def present(model: nn.Module, variant: Variant) -> Variant:

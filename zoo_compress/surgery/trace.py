@@ -23,6 +23,7 @@ from ..structure.layout import Layout
 from ..structure.terms import Term
 from ..structure.unify import Variable
 from . import metadata, recurrent  # noqa: F401 - importing registers the handlers of recurrent layers
+from .elastic import Elastic
 from .finish import finish
 from .functions import FUNCTIONS
 from .kernels import Kernels
@@ -52,6 +53,8 @@ def analyze(model: nn.Module, example_input: torch.Tensor | None = None) -> Layo
     """
     if not isinstance(model, nn.Module):
         raise AnalysisError(f"analyze: expected a torch.nn.Module, found {type(model).__name__}")
+    if isinstance(model, Elastic):
+        raise AnalysisError(f"analyze: {type(model).__name__} runs at several widths; its layout is net.layout, or export one of them")
     example = example_input if example_input is not None else default_input(model)
     if not isinstance(example, torch.Tensor):
         raise AnalysisError(f"example_input: expected a tensor (batch, channels, height, width), found {type(example).__name__}")

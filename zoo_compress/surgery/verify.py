@@ -16,6 +16,8 @@ from ..errors import AnalysisError, VerificationError
 from ..structure import terms
 from ..structure.layout import Layout, Widths, parse
 from ..structure.widths import groups
+from .calibrate import estimate
+from .images import fitting
 from .modules import clear_caches
 from .resize import check_fits, permuted_copy, picks, resize
 from .trace import analyze, default_input
@@ -119,6 +121,8 @@ def _subject(model: nn.Module, shape: tuple[int, ...], seed: int, *, double: boo
     clear_caches(subject)
     _randomise(subject, generator)
     parameter = next((p for p in subject.parameters() if p.is_floating_point()), None)
+    if double:
+        _settle(subject, generator, shape)
     if double and (parameter is None or parameter.dtype in (torch.float32, torch.float64)):
         precise = copy.deepcopy(subject).double()
         try:
@@ -138,6 +142,24 @@ def _randomise(model: nn.Module, generator: torch.Generator) -> None:
         elif tensor.numel() > 1 and isinstance(tensor, nn.Parameter):
             spread = float(tensor.float().std())
             tensor.add_(torch.randn(tensor.shape, generator=generator) * max(0.5 * spread, 0.02))
+
+
+def _settle(model: nn.Module, generator: torch.Generator, shape: tuple[int, ...]) -> None:
+    """Move running statistics near those of the random weights: a deep network whose activations grow from layer to layer amplifies the
+    rounding of its first until nothing can be told from its output."""
+    images = fitting(model, torch.randn(max(shape[0], 2), *shape[1:], generator=generator))
+    try:
+        found = estimate(model, [images])
+    except MODEL_ERRORS:  # a layer that sees one value a channel has no statistics of a batch
+        return
+    clear_caches(model)
+    tensors = dict(named_tensors(model))
+    for name, value in found.items():
+        spread = torch.rand(value.shape, generator=generator)
+        if name.endswith("running_var"):
+            tensors[name].copy_((value * (0.5 + spread)).clamp_min(1e-3))
+        else:
+            tensors[name].copy_(value + (spread - 0.5) * value.std(correction=0))
 
 
 def _run(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
