@@ -6,7 +6,7 @@ Importing the package registers its names with timm: `timm.create_model("resnet1
 from .errors import AnalysisError, CompressError, RecipeError, VariantError, VerificationError, WidthError
 from .methods.netaug import netaug
 from .methods.prune import prune
-from .methods.slim import slim
+from .methods.slimmable import slim
 from .plugin import load, save
 from .profiling.measure import Measurement, measure
 from .structure.layout import Axis, Layout

@@ -5,12 +5,13 @@ import json
 import math
 import re
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, ValidationError, field_validator, model_validator
 
 from .errors import RecipeError
+from .methods import Trained
 from .structure.budget import KINDS
 from .training.config import Config, Count, DataConfig, FinetuneConfig, Positive, TrainConfig
 
@@ -67,16 +68,38 @@ class ModelConfig(Config):
         return name
 
 
+def _named(value: Any) -> Any:
+    """`{netaug: {r: 3}}` with its name inside, as pydantic's tagged unions want it."""
+    names = [kind.model_fields["kind"].default for kind in get_args(Trained)]
+    name, body = next(iter(value.items())) if isinstance(value, dict) and len(value) == 1 else (None, None)
+    if name not in names or not isinstance(body, dict | None) or (body and "kind" in body):
+        raise ValueError(f"expected one of {', '.join(names)}, with its settings as a mapping")
+    return {"kind": name, **(body or {})}
+
+
+Method = Annotated[Annotated[Trained, Field(discriminator="kind")], BeforeValidator(_named)]
+
+
 class TrainStage(TrainConfig):
-    """Train the model on labels."""
+    """Train the model on labels.
+
+    Attributes:
+        method: another way to train than as the model is: `{slim: …}`, `{us: …}` or `{netaug: …}`.
+    """
 
     kind: Literal["train"]
+    method: Method | None = None
 
 
 class FinetuneStage(FinetuneConfig):
-    """Train the model after pruning, on labels and, with `distill`, on the logits of the unpruned model."""
+    """Train the model after pruning, on labels and, with `distill`, on the logits of the unpruned model.
+
+    Attributes:
+        method: as for `train`.
+    """
 
     kind: Literal["finetune"]
+    method: Method | None = None
 
 
 class PruneStage(Config):
@@ -221,8 +244,10 @@ class Recipe(Config):
     def _ordered(self) -> "Recipe":
         pruned = False
         for index, stage in enumerate(self.stages):
-            if isinstance(stage, FinetuneStage) and stage.distill and not pruned:
-                raise ValueError(f"expected a prune stage before stages.{index}.finetune.distill: its teacher is the unpruned model")
+            if isinstance(stage, FinetuneStage) and stage.distill and stage.distill.teacher is None and not pruned:
+                raise ValueError(
+                    f"expected a prune stage before stages.{index}.finetune.distill, whose teacher is the unpruned model, or a teacher"
+                )
             pruned = pruned or isinstance(stage, PruneStage)
         folders = [stage.to for stage in self.stages if isinstance(stage, SaveStage)]
         if len(set(folders)) != len(folders):

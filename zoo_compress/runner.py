@@ -22,6 +22,7 @@ from tqdm import tqdm
 import zoo_compress as zc
 
 from .errors import CompressError, RecipeError
+from .methods.slimmable import Slimmable
 from .plan import PruneRound, Step, budget_of_round, make_plan, milestones, unpruned
 from .profiling.measure import measure_many
 from .recipe import Recipe, SaveStage, load_recipe
@@ -200,21 +201,40 @@ def _fit_step(run: Run, step: Step) -> Result:
     assert isinstance(config, TrainConfig)
     model, data = zc.load(run.latest()), run.recipe.data
     teacher = None
-    if isinstance(config, FinetuneConfig) and config.distill and (dense := unpruned(run.plan)):
-        teacher = zc.load(run.folder(dense))
+    if isinstance(config, FinetuneConfig) and config.distill:
+        dense = unpruned(run.plan)
+        teacher = _teacher(config.distill.teacher) if config.distill.teacher else zc.load(run.folder(dense)) if dense else None
+    loaders = train_loader(run.source, data, model, run.processes), eval_loader(run.source, data, model, run.processes)
+    method = getattr(config, "method", None)
+    calibration: Any = ()
+    if method is not None:
+        calibration = calibration_batches(run.source, data, model, method.calibration_batches)
+        reseed(run.recipe.seed, step.index, 0)
+        model = method.wrap(model)
     history = fit(
         model,
-        train_loader(run.source, data, model, run.processes),
-        eval_loader(run.source, data, model, run.processes),
+        *loaders,
         config,
         phase=Phase(step.label, step.index, run.recipe.seed, run.record.recipe_sha256),
         teacher=teacher,
+        method=method,
+        calibration=calibration,
         processes=run.processes,
         state=run.output / STATE_NAME,
         log=run.log,
     )
     last = history[-1]
+    if method is not None:
+        reseed(run.recipe.seed, step.index, config.epochs)
+        model = method.finish(model, calibration)
     return Result(model.cpu(), {"loss": last.loss, "top1": last.top1, "top5": last.top5}, tuple(history))
+
+
+def _teacher(name: str) -> nn.Module:
+    try:
+        return timm.create_model(name, pretrained=True)
+    except Exception as error:  # whatever goes wrong, the recipe is what has to change
+        raise RecipeError(f"distill.teacher: timm cannot create {name!r} with weights: {type(error).__name__}: {error}") from error
 
 
 def _prune_step(run: Run, step: Step) -> Result:
@@ -251,9 +271,10 @@ def _prune_step(run: Run, step: Step) -> Result:
 
 
 def _evaluate_step(run: Run, step: Step) -> Result:
-    metrics = _evaluated(run, zc.load(run.latest()), step.label)
-    run.log(f"{step.label}: test loss {metrics['loss']:.4f}, top-1 {metrics['top1']:.2f}%")
-    return Result(metrics=metrics)
+    found = {label: _evaluated(run, model, label) for label, model in _by_width(step.label, zc.load(run.latest())).items()}
+    for label, metrics in found.items():
+        run.log(f"{label}: test loss {metrics['loss']:.4f}, top-1 {metrics['top1']:.2f}%")
+    return Result(metrics=found if len(found) > 1 else found[step.label])
 
 
 def _save_step(run: Run, step: Step) -> Result:
@@ -267,7 +288,9 @@ def _save_step(run: Run, step: Step) -> Result:
 
 def _report_step(run: Run, step: Step) -> Result:
     """Evaluate and measure the models of the table, and the saved one as a user would load it."""
-    models = {label: zc.load(run.folder(made)) for label, made in milestones(run.plan).items()}
+    models: dict[str, nn.Module] = {}
+    for label, made in milestones(run.plan).items():
+        models.update(_by_width(label, zc.load(run.folder(made))))
     saves = [done for done in run.record.steps if done.kind == "save"]
     if saves:
         models["reloaded"] = timm.create_model(f"local-dir:{run.output / str(saves[-1].metrics['to'])}", pretrained=True)
@@ -283,7 +306,8 @@ def _report_step(run: Run, step: Step) -> Result:
     if not run.processes.primary:
         return Result()
     config = run.recipe.measure
-    costs = measure_many({label: model.cpu() for label, model in models.items()}, config.batch_size, config.threads, runs=config.runs)
+    statics = {label: model.export() if isinstance(model, Slimmable) else model for label, model in models.items()}
+    costs = measure_many({label: model.cpu() for label, model in statics.items()}, config.batch_size, config.threads, runs=config.runs)
     rows = tuple(Row(label=label, top1=top1[label], **asdict(cost)) for label, cost in costs.items())
     return Result(table=rows)
 
@@ -297,6 +321,13 @@ _ACTIONS: dict[str, Callable[[Run, Step], Result]] = {
     "save": _save_step,
     "report": _report_step,
 }
+
+
+def _by_width(label: str, model: nn.Module) -> dict[str, nn.Module]:
+    """The model, or each width of one that has several, the widest first."""
+    if not isinstance(model, Slimmable):
+        return {label: model}
+    return {f"{label} ×{width:g}": model.export(width) for width in model.widths[::-1]}
 
 
 def _evaluated(run: Run, model: nn.Module, label: str) -> dict[str, float]:

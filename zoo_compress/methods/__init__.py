@@ -1,1 +1,10 @@
 """Methods: each chooses widths (or masks, exits, …) of a model with a layout; the executor is `surgery`."""
+
+from typing import TypeAlias
+
+from .netaug import NetAugConfig
+from .slim import SlimConfig
+from .us import UsConfig
+
+Trained: TypeAlias = SlimConfig | UsConfig | NetAugConfig
+"""Methods that a training stage of a recipe may name. A method is one file and one entry here."""

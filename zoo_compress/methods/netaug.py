@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -30,8 +30,8 @@ from ..surgery.resize import check_fits, reindex
 from ..surgery.trace import analyze, empty_input
 from ..surgery.tracer import named_tensors
 from ..surgery.verify import check_runs
-from ..training.config import Config
-from ..training.task import MethodTask
+from ..training.config import Count
+from ..training.task import MethodConfig, MethodTask
 
 ROUND_TO = 8
 """Preferred multiple for augmented sizes."""
@@ -40,7 +40,7 @@ RESIDUAL_UNTIL = 0.5
 """Part of the training in which residual widths are augmented too."""
 
 
-class NetAugConfig(Config):
+class NetAugConfig(MethodConfig):
     """Training inside a larger network.
 
     Attributes:
@@ -51,11 +51,21 @@ class NetAugConfig(Config):
         sort_momentum: take the optimizer's state along.
     """
 
+    kind: Literal["netaug"] = "netaug"
     r: Annotated[float, Field(ge=1)] = 3
-    s: Annotated[int, Field(ge=1)] = 3
+    s: Count = 3
     alpha: Annotated[float, Field(ge=0)] = 1.0
     sort: bool = True
     sort_momentum: bool = True
+
+    def wrap(self, model: nn.Module) -> Augmented:
+        return netaug(model, self.r, self.s)
+
+    def task(self, task: TrainingTask, seed: int) -> NetAugTask:
+        return NetAugTask(task, alpha=self.alpha, sort=self.sort, sort_momentum=self.sort_momentum, seed=seed)
+
+    def finish(self, net: Any, images: Iterable[object]) -> nn.Module:
+        return net.export()
 
 
 @dataclass(frozen=True)
@@ -228,15 +238,13 @@ class NetAugTask(MethodTask):
     def __init__(self, task: TrainingTask, *, alpha: float = 1.0, sort: bool = True, sort_momentum: bool = True, seed: int = 0) -> None:
         super().__init__(task, Augmented)
         self.alpha, self.sort, self.sort_momentum, self.seed = alpha, sort, sort_momentum, seed
-        self.draws = 0
         self.residual = True
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         net: Augmented = self.net
         net.set_base()
         base = self.task(input, target)
-        net.draw(np.random.default_rng([self.seed, self.draws]), residual=self.residual)
-        self.draws += 1
+        net.draw(np.random.default_rng([self.seed, self.take_draw()]), residual=self.residual)
         augmented = self.task(input, target)
         net.set_base()
         return {**base, "loss": base["loss"] + self.alpha * augmented["loss"], "base_loss": base["loss"], "aug_loss": augmented["loss"]}
@@ -250,12 +258,3 @@ class NetAugTask(MethodTask):
 
     def prepare_evaluation(self, net: Augmented, images: Iterable[object]) -> None:
         calibrate(net, net._settings.base, images)
-
-    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        return {} if ema else {"draws": self.draws}
-
-    def load_task_state(
-        self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None, ema: bool = False
-    ) -> None:
-        if state:
-            self.draws = int(state["draws"])

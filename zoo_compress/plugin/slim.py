@@ -37,7 +37,7 @@ def create(base: str, **kwargs: Any) -> nn.Module:
 
 
 def _create(request: Request) -> nn.Module:
-    from ..methods.slim import restore_slimmable_, slim
+    from ..methods.slimmable import restore_slimmable_, slim
 
     if request.args.get("features_only"):
         raise CompressError(f"{request.name}: expected a classifier, found features_only=True: export a width of it and save that first")

@@ -58,13 +58,15 @@ class DataConfig(Config):
 
 
 class DistillConfig(Config):
-    """Logit distillation from the unpruned model (`timm.task.LogitDistillationTask`).
+    """Logit distillation (`timm.task.LogitDistillationTask`).
 
     Attributes:
+        teacher: anything `timm.create_model` takes with pretrained weights; None is the unpruned model.
         temperature: softmax temperature of both models.
         task_loss_weight: weight of the loss on labels; distillation gets the rest.
     """
 
+    teacher: str | None = None
     temperature: Positive = 1.0
     task_loss_weight: Fraction = 0.5
 

@@ -6,7 +6,7 @@ same numbers whether the epochs before it ran in this process or in one that is 
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from ..errors import CompressError
 from .checkpoint import load_state, save_state
 from .config import FinetuneConfig, TrainConfig
 from .distributed import Processes
+from .task import MethodConfig, MethodTask
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,8 @@ def fit(
     *,
     phase: Phase | None = None,
     teacher: nn.Module | None = None,
+    method: MethodConfig | None = None,
+    calibration: Iterable[object] = (),
     processes: Processes | None = None,
     state: Path | None = None,
     log: Callable[[str], None] | None = None,
@@ -122,6 +125,8 @@ def fit(
         config: what to do.
         phase: key of the randomness and of the saved state.
         teacher: for `config.distill`, the model whose logits to learn.
+        method: how to train it, if not as it is; `model` is then what the method's `wrap` gives.
+        calibration: batches of training images without augmentation, for the method.
         processes: the processes that train together; None for one.
         state: file that holds the state between epochs; a state of the same phase of the same run is resumed. None saves nothing.
         log: receives one line an epoch; None is silent, progress bars included.
@@ -135,6 +140,8 @@ def fit(
     phase, processes = phase or Phase(), processes or Processes()
     model.to(processes.device)
     task = _create_task(model, config, teacher, processes)
+    if method is not None:
+        task = method.task(task, phase.seed)
     optimizer = create_optimizer_v2(
         model, config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum, **_tuples(config.opt_args)
     )
@@ -151,9 +158,14 @@ def fit(
         if hasattr(train.sampler, "set_epoch"):
             train.sampler.set_epoch(shared_seed)
         label = f"{phase.name} {epoch + 1}/{config.epochs}"
+        if isinstance(task, MethodTask):
+            task.start_epoch(epoch, config.epochs, optimizer)
         train_loss = _train_epoch(task, train, optimizer, scheduler, config, epoch * len(train), processes, label if log else None)
         if not math.isfinite(train_loss):
             raise CompressError(f"{label}: expected a finite training loss, found {train_loss}; lower lr ({config.lr:g}) or set clip_grad")
+        if isinstance(task, MethodTask):
+            reseed(phase.seed, phase.index, epoch)  # all processes look at the same images
+            task.prepare_evaluation(_result(task), calibration)
         metrics = evaluate(_result(task), test, processes, f"{label} test" if log else None)
         lr = optimizer.param_groups[0]["lr"]
         history.append(Epoch(train_loss=train_loss, lr=lr, seconds=time.perf_counter() - start, **metrics))
@@ -249,6 +261,7 @@ def _save(path: Path, phase: Phase, task: TrainingTask, optimizer: torch.optim.O
         "history": [asdict(epoch) for epoch in history],
         "model": unwrap_model(task.get_trainable_module()).state_dict(),
         "optimizer": optimizer.state_dict(),
+        "task": task.get_task_state(),
     }
     if task.has_ema():
         state["ema"] = _result(task).state_dict()
@@ -264,6 +277,7 @@ def _resume(path: Path | None, phase: Phase, task: TrainingTask, optimizer: torc
         return []
     unwrap_model(task.get_trainable_module()).load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
+    task.load_task_state(state["task"])
     if task.has_ema():
         _result(task).load_state_dict(state["ema"])
     return [Epoch(**epoch) for epoch in state["history"]]

@@ -11,8 +11,43 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from ..errors import CompressError
+from .config import Config, Count
 
 T = TypeVar("T", bound="MethodTask")
+
+
+class MethodConfig(Config):
+    """What a recipe says about a method of training, and what the method does before, in and after it.
+
+    Attributes:
+        kind: name of the method.
+        calibration_batches: training batches to find statistics of normalisation with.
+    """
+
+    kind: str
+    calibration_batches: Count = 16
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The network to train."""
+        raise NotImplementedError
+
+    def task(self, task: TrainingTask, seed: int) -> MethodTask:
+        """What trains it.
+
+        Args:
+            task: A task of timm's with the network as its model.
+            seed: Of whatever the method draws.
+        """
+        raise NotImplementedError
+
+    def finish(self, net: Any, images: Iterable[object]) -> nn.Module:
+        """The model that the training ends with.
+
+        Args:
+            net: The trained network.
+            images: Batches of training images without augmentation.
+        """
+        return net
 
 
 class MethodTask(TrainingTask):
@@ -35,11 +70,33 @@ class MethodTask(TrainingTask):
         if not isinstance(found, kind):
             raise CompressError(f"{type(self).__name__}: expected a task whose model is {kind.__name__}, found {type(found).__name__}")
         self.task = task
+        self.draws = 0
 
     @property
     def net(self) -> Any:
         """The network, without what wraps it for distribution."""
         return unwrap_model(self.task.get_trainable_module())
+
+    @property
+    def trained(self) -> nn.Module:
+        """The network as it is to be called in training."""
+        module = self.task.get_trainable_module()
+        assert module is not None
+        return module
+
+    def take_draw(self) -> int:
+        """The number of this draw: what a random choice follows from, with a seed that all processes share."""
+        self.draws += 1
+        return self.draws - 1
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        return {} if ema else {"draws": self.draws}
+
+    def load_task_state(
+        self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None, ema: bool = False
+    ) -> None:
+        if state:
+            self.draws = int(state["draws"])
 
     def start_epoch(self, epoch: int, epochs: int, optimizer: torch.optim.Optimizer) -> None:
         """Do what has to be done before the steps of an epoch, `epoch` of `epochs`, the first being 0."""
