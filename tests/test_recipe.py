@@ -11,10 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zoo_compress.errors import RecipeError
+from zoo_compress.methods.netaug import NetAugConfig
+from zoo_compress.methods.slim import SlimConfig
 from zoo_compress.plan import PruneRound, budget_of_round, make_plan, milestones, unpruned
 from zoo_compress.recipe import PruneStage, load_recipe
 
-SHIPPED = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+SHIPPED = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
 
 GOOD = """
 model: {name: test_resnet, args: {num_classes: 10, in_chans: 1}}
@@ -55,7 +57,28 @@ def test_a_good_recipe(tmp_path):
     assert recipe.stages[4].to == "model"
 
 
+def test_lists_and_methods_in_stages(tmp_path):
+    text = GOOD.replace("macs: 0.5,", "macs: 0.5, exclude: ['layer4.*', fc.weight],")
+    recipe = load(tmp_path, text.replace("epochs: 2,", "epochs: 2, method: {slim: {widths: [0.5, 1.0]}},", 1))
+    assert recipe.stages[1].exclude == ("layer4.*", "fc.weight")
+    assert recipe.stages[0].method == SlimConfig(widths=(0.5, 1.0))
+    assert load(tmp_path, GOOD.replace("epochs: 2,", "epochs: 2, method: {netaug: },", 1)).stages[0].method == NetAugConfig()
+
+
+def test_another_seed_has_a_folder_of_its_own(tmp_path):
+    recipe = load(tmp_path, GOOD)
+    other = recipe.with_seed(7)
+    assert (other.seed, other.output) == (7, f"{recipe.output}_seed7")
+    assert other.sha256 != recipe.sha256
+    with pytest.raises(RecipeError, match="seed: expected an integer"):
+        recipe.with_seed(-1)
+
+
 BAD = {
+    "unknown method": ("epochs: 2,", "epochs: 2, method: {thin: {}},", "method: expected one of slim, us, netaug"),
+    "two methods": ("epochs: 2,", "epochs: 2, method: {slim: {}, us: {}},", "method: expected one of slim, us, netaug"),
+    "unknown key of a method": ("epochs: 2,", "epochs: 2, method: {netaug: {q: 3}},", "netaug.q: expected no such key"),
+    "r below 1": ("epochs: 2,", "epochs: 2, method: {netaug: {r: 0.5}},", "netaug.r: expected greater than or equal to 1, found 0.5"),
     "unknown key": ("data: {source: digits}", "data: {source: digits, batchsize: 3}", "data.batchsize: expected no such key"),
     "unknown key in a stage": ("epochs: 2", "epochs: 2, epoch: 3", "stages.0.train.epoch: expected no such key"),
     "wrong type": ("epochs: 2", "epochs: two", "stages.0.train.epochs: expected a valid integer, found 'two'"),

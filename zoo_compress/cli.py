@@ -74,12 +74,14 @@ def examples(*lines: str) -> str:
         "zoo-compress run recipes/quickstart.yaml",
         "./recipes/quickstart.yaml                  # recipes are scripts",
         "zoo-compress run recipes/quickstart.yaml --fresh",
+        "zoo-compress run recipes/quickstart.yaml --seed 1",
         "torchrun --nproc_per_node 2 -m zoo_compress run recipes/quickstart.yaml",
     )
 )
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--fresh", is_flag=True, help="Start over, whatever an earlier run left in the recipe's output folder.")
-def run(recipe: Path, fresh: bool) -> None:
+@click.option("--seed", type=int, help="Another seed than the recipe's; its output folder then ends with it.")
+def run(recipe: Path, fresh: bool, seed: int | None) -> None:
     """Run RECIPE, or what is left of it, and print its table.
 
     A run that was stopped goes on after its last epoch and ends with the same numbers. A finished one is not run again.
@@ -88,7 +90,7 @@ def run(recipe: Path, fresh: bool) -> None:
     from .runner import run as run_recipe
 
     try:
-        record = run_recipe(recipe, fresh=fresh)
+        record = run_recipe(recipe, fresh=fresh, seed=seed)
     except KeyboardInterrupt:
         click.echo(f"stopped; zoo-compress run {recipe} goes on from the last epoch", err=True)
         raise SystemExit(130) from None

@@ -126,7 +126,7 @@ class PruneStage(Config):
     scope: Literal["global", "local"] = "global"
     round_to: Count | Literal["auto"] = 8
     min_keep: Annotated[float, Field(gt=0, le=1)] = 0.1
-    exclude: tuple[str, ...] = ()
+    exclude: Annotated[tuple[str, ...], Field(strict=False)] = ()
     rounds: Count | Literal["auto"] = 1
     finetune: FinetuneConfig | None = None
     calibration_batches: Count = 8
@@ -253,6 +253,16 @@ class Recipe(Config):
         if len(set(folders)) != len(folders):
             raise ValueError(f"expected a folder of its own for each save stage, found {', '.join(folders)}")
         return self
+
+    def with_seed(self, seed: int) -> "Recipe":
+        """The same recipe with another seed, and an output folder of its own.
+
+        Raises:
+            RecipeError: the seed is no integer in 0…2³²-1.
+        """
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+            raise RecipeError(f"seed: expected an integer in 0…2³²-1, found {seed!r}")
+        return self.model_copy(update={"seed": seed, "output": f"{self.output.rstrip('/')}_seed{seed}"})
 
     @property
     def sha256(self) -> str:

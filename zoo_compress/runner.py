@@ -78,12 +78,13 @@ class Run:
         return self.output / self.record.latest_checkpoint
 
 
-def run(path: str | Path, *, fresh: bool = False, log: Callable[[str], None] | None = None) -> Record:
+def run(path: str | Path, *, fresh: bool = False, seed: int | None = None, log: Callable[[str], None] | None = None) -> Record:
     """Run a recipe, or what is left of it.
 
     Args:
         path: the recipe.
         fresh: start over, whatever an earlier run left in the output folder.
+        seed: another seed than the recipe's; the output folder's name then ends with it.
         log: takes lines about progress; None writes them to standard error, between progress bars.
 
     Returns:
@@ -94,6 +95,8 @@ def run(path: str | Path, *, fresh: bool = False, log: Callable[[str], None] | N
         CompressError: a step failed.
     """
     recipe = load_recipe(path)
+    if seed is not None:
+        recipe = recipe.with_seed(seed)
     output = Path(recipe.output).expanduser()
     report = log or (lambda line: tqdm.write(line, file=sys.stderr))
     with init_processes(recipe.device) as processes, _deterministic():

@@ -25,7 +25,7 @@ class SlimConfig(MethodConfig):
     """
 
     kind: Literal["slim"] = "slim"
-    widths: Annotated[tuple[float, ...], Field(min_length=1)] = WIDTHS
+    widths: Annotated[tuple[float, ...], Field(min_length=1, strict=False)] = WIDTHS
     round_to: Count = 8
 
     def wrap(self, model: nn.Module) -> Slimmable:

@@ -31,7 +31,7 @@ class UsConfig(MethodConfig):
     """
 
     kind: Literal["us"] = "us"
-    widths: Annotated[tuple[float, ...], Field(min_length=2)] = WIDTHS
+    widths: Annotated[tuple[float, ...], Field(min_length=2, strict=False)] = WIDTHS
     samples: Annotated[int, Field(ge=2)] = 4
     round_to: Count = 8
 
