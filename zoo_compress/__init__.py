@@ -7,6 +7,7 @@ from .errors import AnalysisError, CompressError, RecipeError, VariantError, Ver
 from .methods.netaug import netaug
 from .methods.prune import prune
 from .methods.slimmable import slim
+from .methods.subnets import SearchResult, search
 from .plugin import load, save
 from .profiling.measure import Measurement, measure
 from .structure.layout import Axis, Layout
@@ -22,6 +23,7 @@ __all__ = [
     "Layout",
     "Measurement",
     "RecipeError",
+    "SearchResult",
     "VariantError",
     "Verification",
     "VerificationError",
@@ -34,6 +36,7 @@ __all__ = [
     "prune",
     "resize",
     "save",
+    "search",
     "slim",
     "verify",
 ]

@@ -35,6 +35,11 @@ class Slimmable(Elastic):
         return self._bank.widths
 
     @property
+    def round_to(self) -> int:
+        """Preferred multiple for sizes."""
+        return self._bank.round_to
+
+    @property
     def universal(self) -> bool:
         """Whether it runs at any width between the least and the greatest."""
         return self._bank.universal
@@ -61,7 +66,7 @@ class Slimmable(Elastic):
             raise WidthError(f"width: expected {expected}, found {width!r}")
         sizes = self._elastic.known
         if width not in sizes:
-            sizes[width] = {**self.layout.base_sizes, **uniform(self._elastic.groups, width, self._bank.round_to)}
+            sizes[width] = {**self.layout.base_sizes, **uniform(self.groups, width, self.round_to)}
         return sizes[width], float(width)
 
     def export(self, width: float | Mapping[str, int] | None = None) -> nn.Module:

@@ -46,6 +46,11 @@ class Group:
         """
         return _rounded(self, round_to, fineness)
 
+    def rungs(self, least: float, most: float, round_to: int) -> np.ndarray:
+        """The rounded steps from one fraction of the group to another, both rounded."""
+        allowed = self.rounded(round_to)
+        return allowed[(allowed >= self.near(least, round_to)) & (allowed <= self.near(most, round_to))]
+
     def near(self, width: float, round_to: int) -> int:
         """The rounded step nearest to a fraction of the group; of two as near, the wider."""
         wanted, allowed = width * self.steps, self.rounded(round_to)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar, overload
 
 import torch
@@ -80,6 +81,24 @@ def _calibrate_width(net: Elastic, width: float | Mapping[str, int], batches: Se
         net.add_choice(Choice(sizes=sizes, width=fraction), found)
     finally:
         net.set_widths(before)
+
+
+@contextmanager
+def calibrated(net: Elastic, images: Sequence[torch.Tensor]) -> Iterator[Statistics]:
+    """Within, an elastic network has statistics at its chosen widths that were found on these images; after, it is as it was.
+
+    Args:
+        net: The network.
+        images: Batches (batch, channels, height, width).
+    """
+    with net.at_widths():
+        found = estimate(net, images)
+        before = _read(net)
+        _write(net, found)
+        try:
+            yield found
+        finally:
+            _write(net, before)
 
 
 def follow_(resized: nn.Module, model: nn.Module, layout: Layout, widths: Widths, images: Sequence[torch.Tensor]) -> None:

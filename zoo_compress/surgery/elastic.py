@@ -59,7 +59,7 @@ class _State:
     """
 
     layout: Layout
-    groups: list[Group]
+    groups: tuple[Group, ...]
     sizes: dict[str, int]
     normalised: list[str]
     forgetful: list[str]
@@ -96,6 +96,11 @@ class Elastic(nn.Module):
     def sizes(self) -> dict[str, int]:
         """Axis → its size at the chosen widths."""
         return dict(self._elastic.sizes)
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups of axes that can change, each in step."""
+        return self._elastic.groups
 
     @property
     def choices(self) -> tuple[Choice, ...]:
@@ -282,7 +287,7 @@ def make_elastic_(model: nn.Module, layout: Layout, kind: type[E], settings: Any
     model.__class__ = _mixed(kind, type(model))  # type: ignore[arg-type]  # classes are hashable, whatever their instances are
     normalised = [name for names in statistics(model).values() for name in names]
     forgetful = [path for path, module in model.named_modules() if path and type(module).train is not nn.Module.train]
-    vars(model)["_elastic"] = _State(layout, groups(layout), dict(layout.base_sizes), normalised, forgetful, settings)
+    vars(model)["_elastic"] = _State(layout, tuple(groups(layout)), dict(layout.base_sizes), normalised, forgetful, settings)
     model._modules["private"] = nn.ModuleList()
     return model  # type: ignore[return-value]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -9,6 +10,7 @@ import torch
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import CompressError
 from .config import Config, Count
@@ -111,7 +113,9 @@ class MethodTask(TrainingTask):
 
     def prepare_distributed(self: T, device_ids: list | None = None, **ddp_kwargs: Any) -> T:
         # Buffers of all widths would be broadcast, and so changed, between the forward passes of one step.
-        self.task.prepare_distributed(device_ids=device_ids, **{"broadcast_buffers": False, **ddp_kwargs})
+        known = inspect.signature(DistributedDataParallel).parameters
+        option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # the latter before torch 2.14
+        self.task.prepare_distributed(device_ids=device_ids, **{option: False, **ddp_kwargs})
         return self
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
