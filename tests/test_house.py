@@ -11,7 +11,7 @@ import timm
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "zoo_compress"
-FLOORS = {"errors": 0, "structure": 1, "surgery": 2, "profiling": 3, "methods": 4, "training": 4, "plugin": 5}
+FLOORS = {"errors": 0, "structure": 1, "zoo": 1, "surgery": 2, "profiling": 3, "methods": 4, "training": 4, "plugin": 5}
 TOP = 6
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -3,7 +3,7 @@
 Importing the package registers its names with timm: `timm.create_model("resnet18__pruned", keep=0.5)`.
 """
 
-from .errors import AnalysisError, CompressError, RecipeError, VariantError, VerificationError, WidthError
+from .errors import AnalysisError, CompressError, HubError, RecipeError, VariantError, VerificationError, WidthError
 from .methods.prune import prune
 from .plugin import load, save
 from .profiling.measure import Measurement, measure
@@ -12,11 +12,13 @@ from .surgery.calibrate import calibrate
 from .surgery.resize import resize
 from .surgery.trace import analyze
 from .surgery.verify import Verification, verify
+from .zoo.index import list_variants
 
 __all__ = [
     "AnalysisError",
     "Axis",
     "CompressError",
+    "HubError",
     "Layout",
     "Measurement",
     "RecipeError",
@@ -26,6 +28,7 @@ __all__ = [
     "WidthError",
     "analyze",
     "calibrate",
+    "list_variants",
     "load",
     "measure",
     "prune",

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from timm.models import PretrainedCfg, get_pretrained_cfg, model_entrypoint, resolve_pretrained_cfg
-from torch import nn
+from timm.models import PretrainedCfg, _factory, get_pretrained_cfg, model_entrypoint, resolve_pretrained_cfg
+from torch import Tensor, nn
 
 from ..errors import CompressError, VariantError
 from ..structure.budget import KINDS
 from ..structure.variant import OPTIONS, Variant
 from ..surgery.origin import origin
 from ..surgery.restore import check, present, restore_
+from ..zoo import index
 from . import weights
+from .allowance import allowance
 from .builder import Built, build
 from .skip_init import skip_init
 
@@ -67,6 +69,9 @@ def _create(
     cache_dir: str | Path | None = None,
     **kwargs: Any,
 ) -> nn.Module:
+    if isinstance(pretrained_cfg, str) and pretrained_cfg:
+        pretrained_cfg, pretrained_model_args = _published(name, pretrained_cfg, cache_dir)
+        kwargs = {**pretrained_model_args, **kwargs}
     options = {key: kwargs.pop(key) for key in OPTIONS & kwargs.keys()}
     cfg = replace(_resolve(name, pretrained_cfg, pretrained_cfg_overlay), architecture=name)
     saved = pretrained_model_args or {}
@@ -77,11 +82,15 @@ def _create(
         chosen = {key: value for key, value in options.items() if value != saved.get(key)}
         if chosen:
             raise CompressError(f"{name}: {', '.join(chosen)} given with a stored variant; load it, then prune it with zoo_compress.prune")
-        load = _from_source(cfg, cache_dir) if pretrained else _keep
+        load: Callable[[Built], None] = _keep
+        limit: AbstractContextManager = nullcontext()
+        if pretrained:
+            state, where = weights.read(cfg, cache_dir)
+            load, limit = _from(state, where, cfg), allowance(state, where)
         args = {"cache_dir": cache_dir, "pretrained_model_args": saved, **variant.base_args, **kwargs}
         # With other classes or channels than the weights', some parameters keep the values they are built with.
         whole = kwargs.get("num_classes") in (None, cfg.num_classes) and kwargs.get("in_chans") in (None, cfg.input_size[0])
-        with skip_init() if pretrained and whole else nullcontext():
+        with limit, skip_init() if pretrained and whole else nullcontext():
             return _restored(variant, cfg, load, {**variant.base_args, **_without_options(saved)}, args)
     if isinstance(pretrained_cfg, Mapping) and weights.has_source(cfg):
         raise VariantError(f"{cfg.file or cfg.hf_hub_id or name}: expected a record 'variant' in model_args of config.json, found none")
@@ -96,13 +105,31 @@ def _create(
     return _restored(variant, cfg, copy, variant.base_args, {**variant.base_args, **kwargs})
 
 
+def _published(name: str, tag: str, cache_dir: str | Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What config.json of a published checkpoint says: its cfg and the arguments of the model, the record among them."""
+    cfg = _resolve(name, tag, None)
+    if cfg.file:
+        found, architecture, args = _factory.load_model_config_from_path(cfg.file)
+    else:
+        found, architecture, args = _factory.load_model_config_from_hf(cfg.hf_hub_id, cache_dir=cache_dir)  # type: ignore[arg-type]
+    if architecture != name:
+        raise VariantError(f"{cfg.file or cfg.hf_hub_id}: expected a checkpoint of {name}, found one of {architecture}")
+    return {**found, "tag": tag}, args
+
+
 def _resolve(name: str, cfg: str | dict[str, Any] | PretrainedCfg | None, overlay: dict[str, Any] | None) -> PretrainedCfg:
     try:
         return resolve_pretrained_cfg(name, cfg, overlay)  # type: ignore[arg-type]
     except RuntimeError as error:
+        recipe = next((entry.recipe for entry in index.read().variants if entry.name == f"{name}.{cfg}"), None)
         raise CompressError(
-            f"{name}: there is no published checkpoint {cfg!r}; without a tag, pretrained=True prunes the base's weights (base_tag= "
-            "chooses which)"
+            f"{name}: there is no published checkpoint {cfg!r}; "
+            + (
+                f"its recipe makes it: zoo-compress run {recipe}"
+                if recipe
+                else "zoo_compress.list_variants() lists those there are, and without a tag, pretrained=True prunes the base's weights "
+                "(base_tag= chooses which)"
+            )
         ) from error
 
 
@@ -128,9 +155,8 @@ def _keep(built: Built) -> None:
     """Leave the weights as they are: the first of the base's random ones."""
 
 
-def _from_source(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Callable[[Built], None]:
+def _from(state: dict[str, Tensor], where: str, cfg: PretrainedCfg) -> Callable[[Built], None]:
     def load(built: Built) -> None:
-        state, where = weights.read(cfg, cache_dir)
         other_classes = built.num_classes != cfg.num_classes
         other_input = built.in_chans != cfg.input_size[0]
         adapted = {
@@ -144,7 +170,7 @@ def _from_source(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Callable[[
         def fits(state: dict[str, Any], strict: bool) -> None:
             weights.check(built.model, state, where, strict=strict and not other_classes, adapted=adapted)
 
-        built.load(state, fits)
+        built.load(dict(state), fits)
 
     return load
 
