@@ -7,6 +7,7 @@ from .errors import AnalysisError, CompressError, HubError, RecipeError, Variant
 from .methods.prune import prune
 from .plugin import load, save
 from .profiling.measure import Measurement, measure
+from .sharing.push import push_to_hub
 from .structure.layout import Axis, Layout
 from .surgery.calibrate import calibrate
 from .surgery.resize import resize
@@ -32,6 +33,7 @@ __all__ = [
     "load",
     "measure",
     "prune",
+    "push_to_hub",
     "resize",
     "save",
     "verify",

@@ -156,6 +156,14 @@ def _keep(built: Built) -> None:
 
 
 def _from(state: dict[str, Tensor], where: str, cfg: PretrainedCfg) -> Callable[[Built], None]:
+    for name in cfg.classifier if isinstance(cfg.classifier, (tuple, list)) else [cfg.classifier]:
+        head = state.get(f"{name}.weight")
+        if head is not None and head.ndim and head.shape[0] != cfg.num_classes:
+            # timm would take the difference for a wish, and leave the classifier random.
+            raise VariantError(
+                f"{where}: tensor '{name}.weight': expected the {cfg.num_classes} classes of its config, found {head.shape[0]}"
+            )
+
     def load(built: Built) -> None:
         other_classes = built.num_classes != cfg.num_classes
         other_input = built.in_chans != cfg.input_size[0]

@@ -54,6 +54,8 @@ def explain(error: BaseException, repository: str, file: str | None = None) -> s
                 return words(repository, file)
         if isinstance(cause, hub.RepositoryNotFoundError | hub.HfHubHTTPError):
             return _refusal(cause)
+        if isinstance(cause, hub.FileMetadataError):
+            return f"what answers is no Hub ({quote(cause)}); check HF_ENDPOINT"
         if isinstance(cause, hub.HFValidationError):
             return f"expected OWNER/NAME: {quote(cause)}"
         if isinstance(cause, OSError) and "Consistency check failed" in str(cause):
@@ -125,7 +127,9 @@ _KINDS: tuple[tuple[type[BaseException], Callable[[str, str | None], str]], ...]
 
 @functools.cache
 def _both(kind: type[BaseException]) -> type[HubError]:
-    return type("HubError", (HubError, kind), {"__module__": HubError.__module__})
+    if issubclass(HubError, kind):
+        return HubError
+    return type("HubError", (kind, HubError), {"__module__": HubError.__module__, "__str__": lambda self: self.args[0]})
 
 
 def _of_both(error: Exception, message: str) -> HubError:
