@@ -10,10 +10,10 @@ from zoo_compress.runner import run
 RECIPE = """
 description: a very small test
 model: {{name: test_resnet, args: {{num_classes: 10, in_chans: 1}}, pretrained_cfg: {{input_size: [1, 8, 8]}}}}
-data: {{source: digits, batch_size: 256}}
+data: {{source: digits, batch_size: 64}}
 seed: {seed}
 output: {output}
-stages: [train: {{epochs: 1, lr: 1e-3}}, prune: {{macs: 0.6, round_to: 4, exclude: []}}, evaluate, save]
+stages: [train: {{epochs: 2, lr: 3e-3}}, prune: {{macs: 0.6, round_to: 4, exclude: []}}, evaluate, save]
 measure: {{runs: 2}}
 """
 

@@ -13,10 +13,10 @@ from ..errors import VariantError
 
 # A base is larger than what was pruned from it: keeping a tenth of both sides of every matrix leaves a hundredth.
 ELEMENTS_PER_ELEMENT = 1000
-CALLS_PER_TENSOR = 100
+CALLS_PER_TENSOR = 20
 # What any model may take: no machine feels 64 MiB or a second.
 FREE_ELEMENTS = 2**24
-FREE_CALLS = 10_000
+FREE_CALLS = 1000
 
 _SIZED = frozenset({"empty", "zeros", "ones", "rand", "randn", "full", "empty_strided", "eye", "randint", "randperm"})
 _RANGES = frozenset({"arange", "linspace", "logspace"})

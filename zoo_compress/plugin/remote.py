@@ -134,7 +134,7 @@ def _both(kind: type[BaseException]) -> type[HubError]:
 
 def _of_both(error: Exception, message: str) -> HubError:
     """A `HubError` that handlers of the original error catch as well."""
-    cls = _both(type(error))
+    cls = _both(type(error))  # type: ignore[arg-type]
     new = cls.__new__(cls, message)
     new.args = (message,)
     new.__dict__.update(vars(error))
@@ -162,8 +162,8 @@ def install() -> None:
     def local(model_path: Any) -> Any:
         return _checked(lambda: read_local(model_path), str(model_path), lambda: _of_file(str(model_path)))
 
-    _factory.load_model_config_from_hf = remote  # type: ignore[assignment]
-    _factory.load_model_config_from_path = local  # type: ignore[assignment]
+    _factory.load_model_config_from_hf = remote
+    _factory.load_model_config_from_path = local
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -61,13 +62,12 @@ class Subject:
     others: tuple[Record, ...] = ()
 
 
-def write(directory: str | Path, seeds: Sequence[str | Path] = (), *, draw: bool = True) -> Path:
-    """Write the card of a recipe's result, README.md, and its picture beside the weights.
+def write(directory: str | Path, seeds: Sequence[str | Path] = ()) -> Path:
+    """Write the card of a recipe's result, README.md, and where matplotlib is installed its picture, beside the weights.
 
     Args:
         directory: Output folder of a finished run.
         seeds: Output folders of runs of the same recipe with other seeds, for the spread of accuracy.
-        draw: Whether to draw the widths, which needs matplotlib.
 
     Returns:
         The folder the card is in.
@@ -75,20 +75,29 @@ def write(directory: str | Path, seeds: Sequence[str | Path] = (), *, draw: bool
     Raises:
         CompressError: There is no finished run, it saved no model, or the other runs are of another recipe.
     """
-    record = _finished(Path(directory))
+    record = finished(Path(directory))
     folder = saved_folder(Path(directory))
     if folder is None:
         raise CompressError(f"{directory}: expected a run that saved a model, found no save stage in its record")
-    others = tuple(_finished(Path(other)) for other in seeds)
+    others = tuple(finished(Path(other)) for other in seeds)
     for other, where in zip(others, seeds, strict=True):
         if {**other.recipe, **_own(record)} != record.recipe or other.seed == record.seed:
             raise CompressError(f"{where}: expected the recipe of {directory} with another seed, found another recipe or the same seed")
     subject = Subject(load(folder), folder, HERE, record, others)
-    has_picture = draw and "variant" in getattr(subject.model, "_model_args", {})
-    if has_picture:
-        picture.draw(subject.model, folder / PICTURE)
-    write_atomic(folder / README, render(subject, PICTURE if has_picture else None).encode())
+    write_atomic(folder / README, render(subject, draw(subject, folder)).encode())
     return folder
+
+
+def draw(subject: Subject, folder: Path, name: str = PICTURE) -> str | None:
+    """Draw the widths into a folder, if the model is a compressed one and matplotlib is there.
+
+    Returns:
+        The picture's name, or None if there is none.
+    """
+    if "variant" not in getattr(subject.model, "_model_args", {}) or importlib.util.find_spec("matplotlib") is None:
+        return None
+    picture.draw(subject.model, folder / name)
+    return name
 
 
 def plain(model: nn.Module, folder: Path, repo_id: str) -> str:
@@ -140,7 +149,12 @@ def _own(record: Record) -> dict[str, Any]:
     return {key: record.recipe[key] for key in ("seed", "output", "description")}
 
 
-def _finished(directory: Path) -> Record:
+def finished(directory: Path) -> Record:
+    """The record in the output folder of a run that is over.
+
+    Raises:
+        CompressError: There is none, or the run is not over.
+    """
     record = read_record(directory)
     if record is None:
         raise CompressError(f"{directory}: expected the output folder of a run, found no {RECORD_NAME}")
@@ -165,11 +179,11 @@ def _about(subject: Subject) -> dict[str, Any]:
     if record and record.recipe.get("description"):
         what.append(f"{str(record.recipe['description']).rstrip('.')}.")
     if scratch:
-        what.append(f"Its weights were trained from scratch on `{_dataset(data)}`: of the base model only the architecture is used.")
+        what.append(f"Its weights were trained from scratch on `{dataset(str(data))}`: of the base model only the architecture is used.")
     elif record:
         what.append(f"It started from the weights of `{start['name']}`.")  # type: ignore[index, call-overload]
     return {
-        "title": f"{base}__{method}" if method else base,
+        "title": subject.name if ":" not in subject.name else f"{base}__{method}" if method else base,
         "base": base,
         "method": method,
         "start": start,
@@ -195,29 +209,31 @@ def _data(subject: Subject, about: Mapping[str, Any]) -> ModelCardData:
     source, name = parse_model_name(str(about["start"]["name"]))
     cfg = get_pretrained_cfg(name, allow_unregistered=True) if source is None else None
     hub_id = name if source == "hf-hub" else cfg.hf_hub_id if cfg else None
-    return ModelCardData(
+    keywords: dict[str, Any] = {
         **_license(cfg.license if cfg else None, about["scratch"], hub_id),
-        library_name="timm",
-        pipeline_tag="image-classification",
-        tags=["image-classification", "timm", "zoo_compress", *([about["method"]] if about["method"] else [])],
-        base_model=hub_id,
+        "tags": ["image-classification", "timm", "zoo_compress", *([about["method"]] if about["method"] else [])],
+        "base_model": hub_id,
         # Pruning is none of the Hub's relations; fine-tuning is the nearest, and the text says what was taken from the base.
         **({"base_model_relation": "finetune"} if hub_id else {}),
-        datasets=[_dataset(about["data"])] if about["data"] else None,
-        model_name=about["title"] if record else None,
-        eval_results=_eval_results(record, about) if record else None,
-        **{KEY: config},
-    )
+        "datasets": [dataset(about["data"])] if about["data"] else None,
+        "model_name": about["title"] if record else None,
+        "eval_results": _eval_results(record, about) if record else None,
+        KEY: config,
+    }
+    return ModelCardData(library_name="timm", pipeline_tag="image-classification", **keywords)
 
 
 def _license(name: str | None, scratch: bool, hub_id: str | None) -> dict[str, str]:
-    if name or scratch:
-        return {"license": (name or "apache-2.0").lower()}  # of timm's code, which is all that is used of it
+    if scratch:
+        return {"license": "apache-2.0"}  # of timm's code, which is all that is used of the base
+    if name:
+        return {"license": name.lower()}
     link = {"license_link": f"https://huggingface.co/{hub_id}"} if hub_id else {}
     return {"license": "other", "license_name": "that-of-the-base-model", **link}
 
 
-def _dataset(source: str) -> str:
+def dataset(source: str) -> str:
+    """A data source's name without paths: what others may call it."""
     return source.partition(":")[0] if source.startswith("imagefolder:") else source.partition("/")[2] or source
 
 
@@ -237,8 +253,8 @@ def _eval_results(record: Record, about: Mapping[str, Any]) -> list[EvalResult]:
         EvalResult(
             task_type="image-classification",
             task_name="Image Classification",
-            dataset_type=_dataset(about["data"]),
-            dataset_name=_dataset(about["data"]),
+            dataset_type=dataset(about["data"]),
+            dataset_name=dataset(about["data"]),
             dataset_split="test",
             metric_type=kind,
             metric_name=name,
@@ -257,7 +273,7 @@ def _results(subject: Subject, about: Mapping[str, Any]) -> str:
             f"{layout.num_params():,} parameters, {layout.macs():,} MACs an image, {about['size']:,} bytes of weights. Nothing else is "
             "known: this card was written without the record of a run."
         )
-    text = f"On the test images of `{_dataset(about['data'])}`"
+    text = f"On the test images of `{dataset(about['data'])}`"
     if not subject.others:
         return f"{text}, one run with seed {record.seed}. How much another seed changes was not measured."
     top1 = [run.table[-1].top1 for run in (record, *subject.others)]

@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo, RepoFile
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
@@ -197,17 +196,3 @@ def _same(files: Mapping[str, bytes | Path], remote: Mapping[str, RepoFile]) -> 
         elif hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest() != there.blob_id:
             return False
     return True
-
-
-def hashes(repo_id: str, *, revision: str | None = None, token: Any = None) -> dict[str, str]:
-    """SHA-256 of the large files of a repository, by name; empty if there is no such repository.
-
-    Raises:
-        HubError: The Hub does not say.
-    """
-    api = HfApi(token=token, library_name="zoo_compress")
-    with hub_errors(repo_id):
-        try:
-            return {name: file.lfs.sha256 for name, file in _remote(api, repo_id, revision).items() if file.lfs is not None}
-        except RepositoryNotFoundError:
-            return {}
