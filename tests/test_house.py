@@ -95,8 +95,8 @@ def python_blocks(text):
     return re.findall(r"```python\n(.*?)```", text, re.S)
 
 
-def test_readme_python_runs(tmp_path, monkeypatch):
-    """Every Python example of the README, in order, in one namespace."""
+def test_readme_python_runs(tmp_path, monkeypatch, hub):
+    """Every Python example of the README, in order, in one namespace, with a Hub that is empty."""
     monkeypatch.chdir(tmp_path)
     blocks = python_blocks((ROOT / "README.md").read_text())
     assert blocks

@@ -5,6 +5,7 @@ import logging
 import shutil
 import subprocess
 import sys
+import traceback
 
 import pytest
 import timm
@@ -142,7 +143,10 @@ class TestFaults:
         assert zc.push_to_hub(checkpoint, REPO).changed
 
     def test_5xx_on_the_last_step_is_said_and_made_good(self, hub, old, checkpoint):
-        with hub.fault("tag", status=500), pytest.raises(HubError, match=r"committed as \w+, but the tag 'v1' was not set.*push again"):
+        with (
+            hub.fault("tag", status=500),
+            pytest.raises(HubError, match=r"status 500.* committed as \w+, but the tag 'v1' was not set; push again"),
+        ):
             zc.push_to_hub(checkpoint, REPO, tag="v1")
         pushed = zc.push_to_hub(checkpoint, REPO, tag="v1")
         assert not pushed.changed
@@ -201,6 +205,19 @@ class TestFaults:
             zc.push_to_hub(checkpoint, REPO, token=token)
         assert "secret" not in str(caught.value)
         assert hub.log == []
+
+    @pytest.mark.parametrize("given", [True, False], ids=["given", "stored"])
+    def test_a_server_that_quotes_the_token(self, hub, checkpoint, given, monkeypatch):
+        """Neither the message nor the traceback, with all its causes, shows it."""
+        token = "some other kind"[:4] + "-of-token"
+        hub.users[token] = ("me", "write")
+        if not given:
+            monkeypatch.setenv("HF_TOKEN", token)
+        for step in ("info", "commit", "tag"):
+            quoting = {"X-Error-Message": f"what is {token}?"}
+            with hub.fault(step, status=418, headers=quoting), pytest.raises(HubError, match=r"status 418 \(.*what is …") as caught:
+                zc.push_to_hub(checkpoint, REPO, tag="v1", token=token if given else None)
+            assert token not in "".join(traceback.format_exception(caught.value))
 
     def test_a_name_taken_by_a_private_repository_of_somebody_else(self, hub, checkpoint):
         hub.put("other/secret", {"README.md": b"mine"}, private=True)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import huggingface_hub
 import huggingface_hub.errors as hub
 from timm.models import _factory, is_model
 from timm.models._hub import hf_split
@@ -24,26 +25,38 @@ _FACTORY = frozenset(
     {"model_name", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "checkpoint_path", "cache_dir"}
     | {"scriptable", "exportable", "no_jit", "device", "dtype", "features_only", "out_indices", "feature_cls"}
 )
-_SECRET = re.compile(r"\b(?:hf|api_org)_\w+|(?<=Bearer )\S+|//[^/\s:@]+:[^/\s@]+(?=@)")
+_SECRET = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{6,}|(?<=Bearer )\S+|//[^/\s:@]+:[^/\s@]+(?=@)")
 _LONGEST = 200
 
 
 @contextmanager
-def hub_errors(repository: str, file: str | None = None, *, keep_type: bool = False) -> Iterator[None]:
+def hub_errors(repository: str, file: str | None = None, *, keep_type: bool = False, token: str | None = None) -> Iterator[None]:
     """Turn whatever the Hub's client raises within into a `HubError` that says what to do.
 
     Args:
         repository: `OWNER/NAME` or `OWNER/NAME@REVISION`, for the message.
         file: The file that is being read or written, if it is a single one.
         keep_type: Raise an error that is of the client's type too, for callers that know nothing of this package.
+        token: One that was given by hand, never to be shown.
     """
     try:
         yield
     except CompressError:
         raise
     except Exception as error:
-        message = f"{repository}: {explain(error, repository, file)}"
-        raise (_of_both(error, message) if keep_type else HubError(message)) from error
+        message = _without(token, f"{repository}: {explain(error, repository, file)}")
+        new = _of_both(error, message) if keep_type else HubError(message)
+        # A traceback shows the whole chain, and servers quote what they were sent.
+        text = " ".join(f"{cause} {cause!r}" for cause in _causes(error))
+        raise new from (error if _without(token, text) == text else None)
+
+
+def _without(token: str | None, text: str) -> str:
+    """A text without tokens: the given one, the stored one, and what looks like one."""
+    for secret in (token, huggingface_hub.get_token()):
+        if secret:
+            text = text.replace(secret, "…")
+    return _SECRET.sub("…", text)
 
 
 def explain(error: BaseException, repository: str, file: str | None = None) -> str:
@@ -70,7 +83,7 @@ def explain(error: BaseException, repository: str, file: str | None = None) -> s
 
 def quote(what: object) -> str:
     """One line of what somebody else said, without secrets and not too long."""
-    text = _SECRET.sub("…", " ".join(str(what).split()))
+    text = _without(None, " ".join(str(what).split()))
     return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
 
 
@@ -137,7 +150,7 @@ def _of_both(error: Exception, message: str) -> HubError:
     cls = _both(type(error))  # type: ignore[arg-type]
     new = cls.__new__(cls, message)
     new.args = (message,)
-    new.__dict__.update(vars(error))
+    new.__dict__.update({name: value for name, value in vars(error).items() if name != "server_message"})
     return new
 
 

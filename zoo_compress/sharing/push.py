@@ -16,7 +16,7 @@ from torch import nn
 
 from ..errors import CompressError, HubError, VariantError
 from ..plugin.hub import load, save
-from ..plugin.remote import CONFIG, explain, hub_errors
+from ..plugin.remote import CONFIG, hub_errors
 from ..plugin.weights import WEIGHTS
 from . import card
 
@@ -140,7 +140,7 @@ def _push(
 ) -> Pushed:
     api = HfApi(token=token, library_name="zoo_compress")
     where = f"{repo_id}@{revision}" if revision else repo_id
-    with hub_errors(where):
+    with hub_errors(where, token=token):
         info = _repository(api, repo_id, private, revision)
         head = info.sha or ""
         tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags} if tag else {}
@@ -155,12 +155,10 @@ def _push(
             head, unchanged = commit.oid, commit.oid == head
     if tag is not None and tag not in tags:
         try:
-            api.create_tag(repo_id, tag=tag, revision=head)
-        except Exception as error:
-            reason = explain(error, repo_id)
-            raise HubError(
-                f"{repo_id}: committed as {head[:12]}, but the tag {tag!r} was not set: {reason}; push again to set it"
-            ) from error
+            with hub_errors(where, token=token):
+                api.create_tag(repo_id, tag=tag, revision=head)
+        except HubError as error:
+            raise HubError(f"{error}. It is committed as {head[:12]}, but the tag {tag!r} was not set; push again to set it") from error
     return Pushed(repo_id, head, not unchanged, tag)
 
 
@@ -180,7 +178,11 @@ def _repository(api: HfApi, repo_id: str, private: bool, revision: str | None) -
 
 
 def _remote(api: HfApi, repo_id: str, revision: str | None) -> dict[str, RepoFile]:
-    return {entry.path: entry for entry in api.list_repo_tree(repo_id, revision=revision) if isinstance(entry, RepoFile)}
+    try:
+        return {entry.path: entry for entry in api.list_repo_tree(repo_id, revision=revision) if isinstance(entry, RepoFile)}
+    except (KeyError, TypeError):
+        # A mirror that lists files without their hashes. The client asks again before it uploads.
+        return {}
 
 
 def _same(files: Mapping[str, bytes | Path], remote: Mapping[str, RepoFile]) -> bool:
