@@ -49,7 +49,8 @@ class Fault:
     step: str
     status: int | None = None
     body: object = None  # bytes → bytes
-    drop: bool = False
+    drop: bool = False  # half of the answer
+    silent: bool = False  # no answer at all
     headers: dict = field(default_factory=dict)
     times: int | None = None
 
@@ -169,6 +170,9 @@ def _handler(server):
                 fault = next((f for f in server.faults if f.step == step and f.times != 0), None)
                 if fault and fault.times:
                     fault.times -= 1
+            if fault and fault.silent:
+                self.close_connection = True
+                return None
             if fault and fault.status:
                 return self._send(fault.status, fault.headers, json.dumps({"error": "injected"}).encode())
             try:

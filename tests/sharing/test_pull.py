@@ -4,8 +4,8 @@ import json
 import os
 import pickle
 import resource
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -80,11 +80,19 @@ class TestRefused:
         with published.fault("head", status=503):
             refused("the Hub failed with status 503; try again later|not in the cache")
 
-    def test_nothing_listens(self, published):
-        program = f"import time, timm, zoo_compress\ntime.sleep = lambda seconds: None\ntimm.create_model({NAME!r}, pretrained=True)"
-        environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": "/nonexistent"}
-        out = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, env=environment)
-        assert "HubError: me/half@v1: the connection failed or broke off (ConnectError" in out.stderr
+    def test_nobody_answers(self, published):
+        with published.fault("head", silent=True):
+            refused("the connection failed or broke off")
+
+    def test_offline(self, published, monkeypatch):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        refused("not in the cache, and HF_HUB_OFFLINE forbids")
+        monkeypatch.undo()
+
+    def test_what_was_downloaded_serves_offline(self, published, monkeypatch):
+        timm.create_model(NAME, pretrained=True)
+        with published.fault("head", status=503):
+            timm.create_model(NAME, pretrained=True)
 
     def test_only_a_pickle(self, hub, files, tmp_path):
         payload = pickle.dumps({"fc.weight": Payload(tmp_path / "executed")})
@@ -193,6 +201,18 @@ HOSTILE = {
 }
 
 
+@pytest.fixture
+def little_memory():
+    """What is mapped from now on may take 1 GB together: a larger allocation fails, and would say so in other words."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 10**9, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+@pytest.mark.usefixtures("little_memory")
 class TestHostile:
     @pytest.mark.parametrize("what", HOSTILE)
     def test_config(self, hub, files, what):
@@ -200,24 +220,18 @@ class TestHostile:
         config = json.loads(files["config.json"])
         change(config)
         put(hub, {**files, "config.json": json.dumps(config).encode()})
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         if said is None:
             timm.create_model(NAME, pretrained=True)
         else:
             refused(said)
-        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-        assert grown < 200e6, "little more than what any model takes"
 
     def test_a_large_base_for_small_weights(self, hub, files):
-        """The record is of a model a thousand times larger than the file."""
-        torch.manual_seed(0)
+        """Seven billion parameters, of which the file has some thousands."""
         config = json.loads(files["config.json"])
         config["architecture"] = "vit_7b_patch16_dinov3__pruned"
         config["model_args"]["variant"].update(base="vit_7b_patch16_dinov3", sizes={}, params={}, attributes={})
         put(hub, {**files, "config.json": json.dumps(config).encode()})
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         refused("out of all proportion to its weights")
-        assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 3e9
 
     @pytest.mark.parametrize("text", ["", "{", "[]", "3", '"x"', "null", "[" * 100_000, "\udcff", '{"architecture": {}}'])
     def test_what_is_no_config(self, hub, files, text):

@@ -276,8 +276,8 @@ class TestFaults:
             zc.push_to_hub(torch.nn.Linear(2, 2), REPO)
         assert hub.log == []
 
-    def test_nothing_listens(self, hub, checkpoint):
-        with hub.fault("info", drop=True), pytest.raises(HubError, match="the connection failed or broke off"):
+    def test_nobody_answers(self, hub, checkpoint):
+        with hub.fault("info", silent=True), pytest.raises(HubError, match="the connection failed or broke off"):
             zc.push_to_hub(checkpoint, REPO)
 
 

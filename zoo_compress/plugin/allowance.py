@@ -61,5 +61,8 @@ def _requested(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> i
         return math.ceil(abs((last - first) / step)) if step else 0
     if name in _RANGES:
         return int(kwargs["steps"] if "steps" in kwargs else args[2])
+    if name == "eye":
+        rows, columns = [*args[:2], *(kwargs[key] for key in ("n", "m") if key in kwargs), *args[:1]][:2]
+        return abs(rows * columns)
     size = kwargs.get("size", next((arg for arg in args if isinstance(arg, (tuple, list))), None))
     return abs(math.prod(size if size is not None else [arg for arg in args if isinstance(arg, int)]))
