@@ -10,6 +10,7 @@ import pytest
 from .hub_server import TOKEN, HubServer
 
 SERVER = HubServer()
+SERVER.start()  # whatever a test asks of the Hub is answered, if only by a refusal
 CACHE = tempfile.mkdtemp(prefix="zoo_compress-hub-cache-")
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 # The Hub's client reads these when it is imported, which timm does.
@@ -52,7 +53,6 @@ def hub(monkeypatch):
     """The server, empty, with a client that has downloaded nothing yet, is logged in, and does not wait between attempts."""
     import huggingface_hub
 
-    SERVER.start()
     SERVER.reset()
     shutil.rmtree(os.path.join(CACHE, "hub"), ignore_errors=True)
     monkeypatch.setenv("HF_TOKEN", TOKEN)

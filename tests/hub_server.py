@@ -64,14 +64,11 @@ class HubServer:
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
         # Large files lie on another host, as those of the Hub do.
         self.storage = self.url.replace("127.0.0.1", "localhost")
-        self._started = False
         self._lock = threading.RLock()
         self.reset()
 
     def start(self):
-        if not self._started:
-            self._started = True
-            threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
+        threading.Thread(target=self._http.serve_forever, daemon=True).start()
 
     def reset(self):
         self.repos, self.lfs, self.faults, self.log = {}, {}, [], []

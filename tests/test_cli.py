@@ -117,7 +117,7 @@ def test_prune_by_measuring(tmp_path, monkeypatch):
     [
         (["inspect", "resnet_18"], "did you mean resnet18"),
         (["inspect", "no/such/folder"], "expected a name of timm.list_models(), local-dir:PATH"),
-        (["inspect", "local-dir:/no/such/folder"], "timm cannot create it"),
+        (["inspect", "local-dir:/no/such/folder"], "expected a directory with config.json"),
         (["inspect", "test_resnet", "-a", "num_clases=3"], "timm cannot create it with {'num_clases': 3}"),
         (["inspect", "test_resnet", "-a", "3"], "--arg: expected NAME=VALUE, found '3'"),
         (["prune", "test_resnet", "-o", "new"], "exactly one of"),

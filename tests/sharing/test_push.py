@@ -177,7 +177,11 @@ class TestFaults:
 
     @pytest.mark.parametrize(
         ("token", "said"),
-        [(EXPIRED, "expired or wrong"), (READ_TOKEN, "it only reads"), (OTHER_TOKEN, "belongs to somebody else")],
+        [
+            (EXPIRED, "expired or wrong"),
+            (READ_TOKEN, "this token only reads"),
+            (OTHER_TOKEN, "the name belongs to somebody else; this token is of other"),
+        ],
         ids=["expired", "read-only", "other"],
     )
     @pytest.mark.parametrize("exists", [True, False], ids=["exists", "new"])

@@ -5,18 +5,19 @@ from __future__ import annotations
 import hashlib
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo, RepoFile
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
 from ..errors import CompressError, HubError, VariantError
 from ..plugin.hub import load, save
-from ..plugin.remote import CONFIG, hub_errors
+from ..plugin.remote import CONFIG, hub_errors, quote
 from ..plugin.weights import WEIGHTS
 from . import card
 
@@ -140,7 +141,7 @@ def _push(
 ) -> Pushed:
     api = HfApi(token=token, library_name="zoo_compress")
     where = f"{repo_id}@{revision}" if revision else repo_id
-    with hub_errors(where, token=token):
+    with hub_errors(where, token=token), _forbidden(api, repo_id):
         info = _repository(api, repo_id, private, revision)
         head = info.sha or ""
         tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags} if tag else {}
@@ -160,6 +161,28 @@ def _push(
         except HubError as error:
             raise HubError(f"{error}. It is committed as {head[:12]}, but the tag {tag!r} was not set; push again to set it") from error
     return Pushed(repo_id, head, not unchanged, tag)
+
+
+@contextmanager
+def _forbidden(api: HfApi, repo_id: str) -> Iterator[None]:
+    """Say which of the two reasons it was that the Hub forbids to write."""
+    try:
+        yield
+    except HfHubHTTPError as error:
+        if error.response.status_code != 403:
+            raise
+        try:
+            asker = api.whoami()
+        # Who asks is a courtesy; whatever keeps it from being said, the refusal is what counts.
+        except Exception:
+            raise error from None
+        role = asker.get("auth", {}).get("accessToken", {}).get("role")
+        if role == "read":
+            raise HubError(f"{repo_id}: this token only reads; `hf auth login` with one that writes") from error
+        names = {asker.get("name"), *(group.get("name") for group in asker.get("orgs", []))}
+        if repo_id.partition("/")[0] not in names:
+            raise HubError(f"{repo_id}: the name belongs to somebody else; this token is of {quote(asker.get('name'))}") from error
+        raise
 
 
 def _repository(api: HfApi, repo_id: str, private: bool, revision: str | None) -> ModelInfo:
