@@ -1,10 +1,26 @@
-"""Every test runs on one thread and starts from the same seed."""
+"""Every test runs on one thread and starts from the same seed. What talks to the Hub talks to a server of its protocol on this machine."""
+
+import atexit
+import os
+import shutil
+import tempfile
 
 import pytest
-import timm
-import torch
 
-import zoo_compress as zc
+from .hub_server import TOKEN, HubServer
+
+SERVER = HubServer()
+SERVER.start()  # whatever a test asks of the Hub is answered, if only by a refusal
+CACHE = tempfile.mkdtemp(prefix="zoo_compress-hub-cache-")
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+# The Hub's client reads these when it is imported, which timm does.
+os.environ.update(HF_ENDPOINT=SERVER.url, HF_HOME=CACHE, HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+os.environ.pop("HF_TOKEN", None)
+
+import timm  # noqa: E402
+import torch  # noqa: E402
+
+import zoo_compress as zc  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -30,3 +46,16 @@ def model():
 @pytest.fixture(scope="module")
 def layout(model):
     return zc.analyze(model)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The server, empty, with a client that has downloaded nothing yet, is logged in, and does not wait between attempts."""
+    import huggingface_hub
+
+    SERVER.reset()
+    shutil.rmtree(os.path.join(CACHE, "hub"), ignore_errors=True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    for module in (huggingface_hub.utils._http, huggingface_hub.file_download):
+        monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+    return SERVER

@@ -24,7 +24,10 @@ def saved(tmp_path_factory):
     return folder, invoke("prune", "test_resnet", "--macs", 0.5, "--round-to", 4, "-o", folder, *TINY).output
 
 
-@pytest.mark.parametrize("command", ["run", "inspect", "prune", "eval", "measure", "coverage"])
+COMMANDS = ["run", "inspect", "prune", "eval", "measure", "coverage", "list", "pull", "push", "card", "verify", "publish", "ship", "export"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_examples(command):
     text = invoke(command, "--help").output
     lines = text[text.index("Examples:") :].splitlines()[1:]
@@ -34,7 +37,7 @@ def test_help_has_examples(command):
 
 def test_help_lists_the_commands():
     text = invoke("--help").output
-    assert all(f"\n  {command} " in text for command in ("run", "inspect", "prune", "eval", "measure", "coverage"))
+    assert all(f"\n  {command} " in text for command in COMMANDS)
 
 
 def test_inspect_shows_layout_and_costs():
@@ -114,7 +117,7 @@ def test_prune_by_measuring(tmp_path, monkeypatch):
     [
         (["inspect", "resnet_18"], "did you mean resnet18"),
         (["inspect", "no/such/folder"], "expected a name of timm.list_models(), local-dir:PATH"),
-        (["inspect", "local-dir:/no/such/folder"], "timm cannot create it"),
+        (["inspect", "local-dir:/no/such/folder"], "expected a directory with config.json"),
         (["inspect", "test_resnet", "-a", "num_clases=3"], "timm cannot create it with {'num_clases': 3}"),
         (["inspect", "test_resnet", "-a", "3"], "--arg: expected NAME=VALUE, found '3'"),
         (["prune", "test_resnet", "-o", "new"], "exactly one of"),
@@ -142,6 +145,6 @@ def test_bugs_keep_their_traceback(monkeypatch):
     def bug(*args):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("zoo_compress.cli.load_model", bug)
+    monkeypatch.setattr("zoo_compress.cli.models.load_model", bug)
     result = CliRunner().invoke(cli, ["inspect", "test_resnet"])
     assert isinstance(result.exception, ZeroDivisionError)

@@ -11,7 +11,7 @@ import timm
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "zoo_compress"
-FLOORS = {"errors": 0, "structure": 1, "surgery": 2, "profiling": 3, "training": 4, "methods": 5, "plugin": 6}
+FLOORS = {"errors": 0, "structure": 1, "zoo": 1, "surgery": 2, "profiling": 3, "training": 4, "methods": 5, "plugin": 6}
 TOP = 7
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -97,8 +97,8 @@ def python_blocks(text):
     return re.findall(r"```python\n(.*?)```", text, re.S)
 
 
-def test_readme_python_runs(tmp_path, monkeypatch):
-    """Every Python example of the README, in order, in one namespace."""
+def test_readme_python_runs(tmp_path, monkeypatch, hub):
+    """Every Python example of the README, in order, in one namespace, with a Hub that is empty."""
     monkeypatch.chdir(tmp_path)
     blocks = python_blocks((ROOT / "README.md").read_text())
     assert blocks

@@ -142,6 +142,13 @@ def test_missing_and_unreadable_files(tmp_path):
         load_recipe(tmp_path / "latin.yaml")
 
 
+def test_layers_can_be_excluded(tmp_path):
+    recipe = load(tmp_path, GOOD.replace("macs: 0.5,", "macs: 0.5, exclude: [fc, layer1],"))
+    assert recipe.stages[1].exclude == ("fc", "layer1")
+    with pytest.raises(RecipeError, match="exclude"):
+        load(tmp_path, GOOD.replace("macs: 0.5,", "macs: 0.5, exclude: [3],"))
+
+
 def test_hash_is_of_what_decides_the_numbers(tmp_path):
     recipe = load(tmp_path, GOOD)
     assert load(tmp_path, "# a remark\n" + GOOD.replace("output: out", "output: there\ndescription: words")).sha256 == recipe.sha256

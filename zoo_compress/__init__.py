@@ -3,23 +3,26 @@
 Importing the package registers its names with timm: `timm.create_model("resnet18__pruned", keep=0.5)`.
 """
 
-from .errors import AnalysisError, CompressError, RecipeError, VariantError, VerificationError, WidthError
+from .errors import AnalysisError, CompressError, HubError, RecipeError, VariantError, VerificationError, WidthError
 from .methods.netaug import netaug
 from .methods.prune import prune
 from .methods.slimmable import slim
 from .methods.subnets import SearchResult, search
 from .plugin import load, save
 from .profiling.measure import Measurement, measure
+from .sharing.push import push_to_hub
 from .structure.layout import Axis, Layout
 from .surgery.calibrate import calibrate
 from .surgery.resize import resize
 from .surgery.trace import analyze
 from .surgery.verify import Verification, verify
+from .zoo.index import list_variants
 
 __all__ = [
     "AnalysisError",
     "Axis",
     "CompressError",
+    "HubError",
     "Layout",
     "Measurement",
     "RecipeError",
@@ -30,10 +33,12 @@ __all__ = [
     "WidthError",
     "analyze",
     "calibrate",
+    "list_variants",
     "load",
     "measure",
     "netaug",
     "prune",
+    "push_to_hub",
     "resize",
     "save",
     "search",

@@ -23,3 +23,7 @@ class VariantError(CompressError):
 
 class RecipeError(CompressError):
     """A recipe that cannot run as written."""
+
+
+class HubError(CompressError):
+    """The Hugging Face Hub, or the way to it, did not do what was asked."""

@@ -126,7 +126,7 @@ class PruneStage(Config):
     scope: Literal["global", "local"] = "global"
     round_to: Count | Literal["auto"] = 8
     min_keep: Annotated[float, Field(gt=0, le=1)] = 0.1
-    exclude: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    exclude: Annotated[tuple[str, ...], Field(strict=False)] = ()  # not JSON any more once the stage's name was put inside
     rounds: Count | Literal["auto"] = 1
     finetune: FinetuneConfig | None = None
     calibration_batches: Count = 8

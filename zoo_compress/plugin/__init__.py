@@ -2,7 +2,9 @@
 
 from .hub import load, save
 from .registry import register_all
+from .remote import install
 
 __all__ = ["load", "save"]
 
 register_all()
+install()

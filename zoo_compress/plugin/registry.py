@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import ModuleType
 from typing import Any
 
 from timm.models import PretrainedCfg, _registry, generate_default_cfgs, list_models, register_model
 from torch import nn
 
+from ..zoo import index
 from . import netaug, pruned, slim
+from .remote import CONFIG
 
 KINDS: dict[str, ModuleType] = {
     "pruned": pruned,
@@ -40,16 +43,35 @@ def register(kind: str, bases: list[str]) -> None:
         bases: timm architectures.
     """
     module = KINDS[kind]
+    published = {entry.name: entry for entry in index.read().variants if entry.method == kind and entry.base in bases}
     # Not through `get_pretrained_cfg`, whose deep copies of them all would take as long as everything else here.
     cfgs = {f"{base}__{kind}": _without_weights(_registry._model_pretrained_cfgs.get(base)) for base in bases}
+    for name, entry in published.items():
+        if entry.folder or entry.hub_id:
+            cfgs[name] = _with_weights(cfgs[entry.architecture], entry)
+    defaults = generate_default_cfgs(cfgs)  # type: ignore[arg-type]
+    for entry in published.values():
+        # timm makes the first tag with weights the default. Here a name without a tag is the architecture, compressed as the user says.
+        defaults[entry.architecture].tags.remove("")
+        defaults[entry.architecture].tags.appendleft("")
     # timm looks for cfgs in the module an entrypoint says it is of.
-    vars(module)["default_cfgs"] = generate_default_cfgs(cfgs)  # type: ignore[arg-type]
+    vars(module)["default_cfgs"] = defaults
     for base in bases:
         vars(module)[f"{base}__{kind}"] = register_model(_entrypoint(base, kind, module))
 
 
 def _without_weights(cfg: PretrainedCfg | None) -> PretrainedCfg:
     return replace(cfg or PretrainedCfg(), **_NO_WEIGHTS, custom_load=False)
+
+
+def _with_weights(cfg: PretrainedCfg, entry: index.Entry) -> PretrainedCfg:
+    """The cfg of a published variant: where it is, and for a shipped one what its config.json says about images and classes."""
+    if entry.folder is None:
+        return replace(cfg, hf_hub_id=entry.hub_id)
+    stored = json.loads((entry.folder / CONFIG).read_text(encoding="utf-8"))
+    known = {field.name for field in fields(PretrainedCfg)} - _NO_WEIGHTS.keys()
+    own = {key: tuple(value) if isinstance(value, list) else value for key, value in stored["pretrained_cfg"].items() if key in known}
+    return replace(cfg, **{**own, "num_classes": stored["num_classes"], "file": str(entry.folder)})
 
 
 def _entrypoint(base: str, kind: str, module: ModuleType) -> Callable[..., nn.Module]:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from timm.models import PretrainedCfg, get_pretrained_cfg, model_entrypoint, resolve_pretrained_cfg
+from timm.models import PretrainedCfg, _factory, get_pretrained_cfg, model_entrypoint, resolve_pretrained_cfg
 from torch import Tensor, nn
 
 from ..errors import CompressError, VariantError
 from ..structure.variant import OPTIONS, Variant
 from ..surgery.restore import check, present, restore_
+from ..zoo import index
 from . import weights
+from .allowance import allowance
 from .builder import Built, build
 from .skip_init import skip_init
 
@@ -65,7 +68,7 @@ class Request:
             raise VariantError(f"variant.base: expected {self.base!r} for {self.name}, found a record of {variant.architecture}")
         chosen = {key: value for key, value in self.options.items() if key != "variant" and value != self.saved.get(key)}
         if chosen:
-            raise CompressError(f"{self.name}: {', '.join(chosen)} given with a stored variant; load it, then compress what was loaded")
+            raise CompressError(f"{self.name}: {', '.join(chosen)} given with a stored variant; load it, then compress it with zoo_compress.prune, slim or netaug")
         return variant
 
     def chosen(self, expected: Collection[str]) -> dict[str, Any]:
@@ -99,19 +102,30 @@ class Request:
     def restore(self, variant: Variant) -> tuple[nn.Module, State]:
         """The model of a record, with its weights if weights are asked for, and those of them that are no base model's."""
         private: State = {}
-
-        def load(built: Built) -> None:
+        load: Callable[[Built], None] = _keep
+        limit: AbstractContextManager = nullcontext()
+        if self.pretrained:
             state, where = weights.read(self.cfg, self.cache_dir)
+            limit = allowance(state, where)
             if variant.bank is not None:
-                private.update({name: state.pop(name) for name in list(state) if name.startswith(PRIVATE)})
-            self._load(built, state, where)
-
+                private = {name: state.pop(name) for name in list(state) if name.startswith(PRIVATE)}
+            self._check_classes(state, where)
+            load = partial(self._load, state=state, where=where)
         args = {"cache_dir": self.cache_dir, "pretrained_model_args": self.saved, **variant.base_args, **self.args}
         # With other classes or channels than the weights', some parameters keep the values they are built with.
         whole = self.args.get("num_classes") in (None, self.cfg.num_classes) and self.args.get("in_chans") in (None, self.cfg.input_size[0])
         source_args = {**variant.base_args, **{key: value for key, value in self.saved.items() if key not in OPTIONS}}
-        with skip_init() if self.pretrained and whole else nullcontext():
-            return restored(variant, self.cfg, load if self.pretrained else _keep, source_args, args), private
+        with limit, skip_init() if self.pretrained and whole else nullcontext():
+            return restored(variant, self.cfg, load, source_args, args), private
+
+    def _check_classes(self, state: State, where: str) -> None:
+        for name in self.cfg.classifier if isinstance(self.cfg.classifier, (tuple, list)) else [self.cfg.classifier]:
+            head = state.get(f"{name}.weight")
+            if head is not None and head.ndim and head.shape[0] != self.cfg.num_classes:
+                # timm would take the difference for a wish, and leave the classifier random.
+                raise VariantError(
+                    f"{where}: tensor '{name}.weight': expected the {self.cfg.num_classes} classes of its config, found {head.shape[0]}"
+                )
 
     def _load(self, built: Built, state: State, where: str) -> None:
         other_classes = built.num_classes != self.cfg.num_classes
@@ -127,7 +141,7 @@ class Request:
         def fits(state: dict[str, Any], strict: bool) -> None:
             weights.check(built.model, state, where, strict=strict and not other_classes, adapted=adapted)
 
-        built.load(state, fits)
+        built.load(dict(state), fits)
 
 
 PRIVATE = "private."
@@ -166,17 +180,41 @@ def _sorted(
     cache_dir: str | Path | None = None,
     **kwargs: Any,
 ) -> Request:
+    if isinstance(pretrained_cfg, str) and pretrained_cfg:
+        pretrained_cfg, pretrained_model_args = _published(name, pretrained_cfg, cache_dir)
+        kwargs = {**pretrained_model_args, **kwargs}
     options = {key: kwargs.pop(key) for key in OPTIONS & kwargs.keys()}
-    try:
-        cfg = resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay)  # type: ignore[arg-type]
-    except RuntimeError as error:
-        raise CompressError(
-            f"{name}: there is no published checkpoint {pretrained_cfg!r}; without a tag, pretrained=True starts from the base's weights "
-            "(base_tag= chooses which)"
-        ) from error
-    cfg = replace(cfg, architecture=name)
+    cfg = replace(_resolve(name, pretrained_cfg, pretrained_cfg_overlay), architecture=name)
     from_file, saved = isinstance(pretrained_cfg, Mapping), pretrained_model_args or {}
     return Request(base, name, pretrained, cfg, from_file, pretrained_cfg_overlay, cache_dir, saved, options, kwargs)
+
+
+def _published(name: str, tag: str, cache_dir: str | Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What config.json of a published checkpoint says: its cfg and the arguments of the model, the record among them."""
+    cfg = _resolve(name, tag, None)
+    if cfg.file:
+        found, architecture, args = _factory.load_model_config_from_path(cfg.file)
+    else:
+        found, architecture, args = _factory.load_model_config_from_hf(cfg.hf_hub_id, cache_dir=cache_dir)  # type: ignore[arg-type]
+    if architecture != name:
+        raise VariantError(f"{cfg.file or cfg.hf_hub_id}: expected a checkpoint of {name}, found one of {architecture}")
+    return {**found, "tag": tag}, args
+
+
+def _resolve(name: str, cfg: str | dict[str, Any] | PretrainedCfg | None, overlay: dict[str, Any] | None) -> PretrainedCfg:
+    try:
+        return resolve_pretrained_cfg(name, cfg, overlay)  # type: ignore[arg-type]
+    except RuntimeError as error:
+        recipe = next((entry.recipe for entry in index.read().variants if entry.name == f"{name}.{cfg}"), None)
+        raise CompressError(
+            f"{name}: there is no published checkpoint {cfg!r}; "
+            + (
+                f"its recipe makes it: zoo-compress run {recipe}"
+                if recipe
+                else "zoo_compress.list_variants() lists those there are, and without a tag, pretrained=True starts from the base's "
+                "weights (base_tag= chooses which)"
+            )
+        ) from error
 
 
 def restored(

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from timm.models import PretrainedCfg
 from timm.models._hub import download_from_hf
 from torch import Tensor, nn
 
-from ..errors import VariantError
+from ..errors import CompressError, VariantError
+from .remote import CONFIG, hub_errors
 
 WEIGHTS = "model.safetensors"
-CONFIG = "config.json"
+_SHA256 = re.compile("[0-9a-f]{64}")
+
 DIGEST = "weights_sha256"
 """Key in config.json: the hash of the weights it was written with."""
 
@@ -34,19 +37,45 @@ def read(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> tuple[dict[
 
     Raises:
         VariantError: If there are no safetensors there, the file is damaged, or it is not the one its config.json was written with.
+        HubError: If the Hub did not give them.
     """
     if cfg.state_dict:
         return dict(cfg.state_dict), "state_dict"
     config, weights = _locate(cfg, cache_dir)
+    try:
+        return _verified(config, weights), str(weights)
+    except CompressError as error:
+        if not _from_hub(cfg):
+            raise
+        # The client takes what it has for good: a damaged file would be found in the cache for ever.
+        _forget(weights)
+        raise VariantError(f"{cfg.hf_hub_id}: {error}. It was removed from the cache: try again, it will be downloaded anew") from error
+
+
+def _verified(config: Path | None, weights: Path) -> dict[str, Tensor]:
     # In this order: saving replaces the weights first, so weights that match a config read before them cannot be another save's.
     expected = _digest_in(config) if config is not None else None
     state = _open(weights)
+    blob = weights.resolve().name if weights.is_symlink() else ""
+    if _SHA256.fullmatch(blob) and digest(weights) != blob:
+        raise VariantError(f"{weights}: not the file that the Hub announced (expected sha256 {blob[:12]}…): damaged on its way")
     if expected is not None and (found := digest(weights)) != expected:
         raise VariantError(
             f"{weights}: not the file that {CONFIG} was written with (expected sha256 {expected[:12]}…, found {found[:12]}…): "
             f"damaged, or a save was interrupted; save again, or remove {DIGEST!r} from {CONFIG} to take them as they are"
         )
-    return state, str(weights)
+    return state
+
+
+def _forget(weights: Path) -> None:
+    """Remove a file from the Hub client's cache, where names are links to what was downloaded."""
+    blob = weights.resolve()
+    for path in {weights, blob}:
+        path.unlink(missing_ok=True)
+
+
+def _from_hub(cfg: PretrainedCfg) -> bool:
+    return bool(cfg.hf_hub_id) and (cfg.source == "hf-hub" or not cfg.file)
 
 
 def digest(path: Path) -> str:
@@ -94,7 +123,7 @@ def has_source(cfg: PretrainedCfg) -> bool:
 
 def _locate(cfg: PretrainedCfg, cache_dir: str | Path | None) -> tuple[Path | None, Path]:
     """Paths of config.json, if it goes with the weights, and of the weights."""
-    if cfg.source != "hf-hub" and cfg.file:
+    if cfg.file and not _from_hub(cfg):
         path = Path(cfg.file)
         if path.is_dir():
             if not (path / WEIGHTS).is_file():
@@ -108,13 +137,14 @@ def _locate(cfg: PretrainedCfg, cache_dir: str | Path | None) -> tuple[Path | No
         name = cfg.hf_hub_filename or WEIGHTS
         if not name.endswith(".safetensors"):
             raise VariantError(f"{cfg.hf_hub_id}: expected a safetensors file, found {name!r}; other formats are not read")
-        try:
-            return (
-                Path(download_from_hf(cfg.hf_hub_id, CONFIG, cache_dir=cache_dir)),
-                Path(download_from_hf(cfg.hf_hub_id, name, cache_dir=cache_dir)),
-            )
-        except EntryNotFoundError as error:
-            raise VariantError(f"{cfg.hf_hub_id}: no {name}; other formats are not read") from error
+        with hub_errors(cfg.hf_hub_id, name):
+            config = Path(download_from_hf(cfg.hf_hub_id, CONFIG, cache_dir=cache_dir))
+            try:
+                return config, Path(download_from_hf(cfg.hf_hub_id, name, cache_dir=cache_dir))
+            except LocalEntryNotFoundError:
+                raise
+            except EntryNotFoundError as error:
+                raise VariantError(f"{cfg.hf_hub_id}: no {name}; other formats are not read") from error
     found = f"a url ({cfg.url})" if cfg.url else "no weights"
     raise VariantError(f"{cfg.architecture}: expected a directory, a Hub repository or a safetensors file, found {found}")
 
@@ -130,7 +160,8 @@ def _open(path: Path) -> dict[str, Tensor]:
 def _digest_in(config: Path) -> str | None:
     if not config.is_file():
         return None
-    found: Any = json.loads(config.read_text(encoding="utf-8")).get(DIGEST)
+    content = json.loads(config.read_text(encoding="utf-8"))
+    found: Any = content.get(DIGEST) if isinstance(content, dict) else None
     if found is not None and not isinstance(found, str):
         raise VariantError(f"{config}: {DIGEST}: expected a string, found {type(found).__name__}")
     return found

@@ -1,49 +1,18 @@
-"""The command line. Each command is a thin adapter over one public function; heavy imports wait until a command runs."""
+"""Commands on one model or several: inspect, prune, eval, measure."""
 
-import os
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .errors import CompressError
+from ..errors import CompressError
+from .common import MODEL_HELP, cli, examples, load_model, model_options, plural
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from .profiling.search import RoundTo
-    from .training.data import Batches
-
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-MODEL_HELP = "MODEL is anything timm.create_model takes (an architecture, local-dir:PATH, hf-hub:OWNER/REPO) or the path of a saved model."
-
-
-class Group(click.Group):
-    """Shows errors that a user can act on in one line; any other exception is a bug and keeps its traceback."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except CompressError as error:
-            rank = os.environ.get("RANK", "0")
-            click.echo(f"error{'' if rank == '0' else f' (process {rank})'}: {' '.join(str(error).split())}", err=True)
-            ctx.exit(2)
-        except KeyboardInterrupt:
-            click.echo("stopped", err=True)
-            ctx.exit(130)
-
-
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
-@click.version_option(package_name="zoo_compress", prog_name="zoo-compress")
-def cli() -> None:
-    """Compress timm models: prune, fine-tune, measure, save."""
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """Entry point of `zoo-compress`."""
-    cli(args=list(args) if args is not None else None, prog_name="zoo-compress")
+    from ..profiling.search import RoundTo
+    from ..training.data import Batches
 
 
 class RoundToType(click.ParamType):
@@ -53,49 +22,6 @@ class RoundToType(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return value if value == "auto" else click.IntRange(min=1).convert(value, param, ctx)
-
-
-def model_options(command: Command) -> Command:
-    """The options of every command that loads a model."""
-    arg = click.option("-a", "--arg", "args", multiple=True, metavar="NAME=VALUE", help="Argument of timm.create_model; repeatable.")
-    pretrained = click.option(
-        "--pretrained", is_flag=True, help="Load an architecture's pretrained weights; saved models always have theirs."
-    )
-    return arg(pretrained(command))
-
-
-def examples(*lines: str) -> str:
-    """An epilog that click does not reflow."""
-    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
-
-
-@cli.command(
-    epilog=examples(
-        "zoo-compress run recipes/quickstart.yaml",
-        "./recipes/quickstart.yaml                  # recipes are scripts",
-        "zoo-compress run recipes/quickstart.yaml --fresh",
-        "zoo-compress run recipes/quickstart.yaml --seed 1",
-        "torchrun --nproc_per_node 2 -m zoo_compress run recipes/quickstart.yaml",
-    )
-)
-@click.argument("recipe", type=click.Path(path_type=Path))
-@click.option("--fresh", is_flag=True, help="Start over, whatever an earlier run left in the recipe's output folder.")
-@click.option("--seed", type=int, help="Another seed than the recipe's; its output folder then ends with it.")
-def run(recipe: Path, fresh: bool, seed: int | None) -> None:
-    """Run RECIPE, or what is left of it, and print its table.
-
-    A run that was stopped goes on after its last epoch and ends with the same numbers. A finished one is not run again.
-    """
-    from .record import format_table
-    from .runner import run as run_recipe
-
-    try:
-        record = run_recipe(recipe, fresh=fresh, seed=seed)
-    except KeyboardInterrupt:
-        click.echo(f"stopped; zoo-compress run {recipe} goes on from the last epoch", err=True)
-        raise SystemExit(130) from None
-    if record.table:
-        click.echo(format_table(record.table))
 
 
 @cli.command(
@@ -188,7 +114,7 @@ def prune(
     """
     import zoo_compress as zc
 
-    from .profiling.measure import measure_many
+    from ..profiling.measure import measure_many
 
     if output.exists() and any(output.iterdir()):
         raise CompressError(f"{output}: expected a new or empty folder, found files in it")
@@ -223,10 +149,10 @@ def prune(
 
 def _calibration_data(model: "nn.Module", source: str, root: str | None, images: int) -> "Batches":
     """Training images of a data source, shuffled, as the model wants them; the same ones every time."""
-    from .training.config import DataConfig
-    from .training.data import calibration_batches
-    from .training.loop import reseed
-    from .training.sources import open_source
+    from ..training.config import DataConfig
+    from ..training.data import calibration_batches
+    from ..training.loop import reseed
+    from ..training.sources import open_source
 
     reseed(0, 0, 0)
     config = DataConfig(source=source, root=root, batch_size=min(images, 32))
@@ -254,10 +180,10 @@ def evaluate(
     model: str, source: str, data_root: str | None, split: str, batch_size: int, workers: int, pretrained: bool, args: tuple[str, ...]
 ) -> None:
     """Evaluate MODEL on test images: top-1, top-5 and loss."""
-    from .training.config import DataConfig
-    from .training.data import check_fits, eval_loader
-    from .training.loop import evaluate as evaluate_model
-    from .training.sources import open_source
+    from ..training.config import DataConfig
+    from ..training.data import check_fits, eval_loader
+    from ..training.loop import evaluate as evaluate_model
+    from ..training.sources import open_source
 
     loaded = load_model(model, pretrained, args)
     config = DataConfig(source=source, root=data_root, eval_split=split, eval_batch_size=batch_size, workers=workers)
@@ -285,7 +211,7 @@ def measure(models: tuple[str, ...], batch_size: int, threads: int | None, runs:
 
     Memory is that of weights and of the tensors alive at the worst moment of one forward pass.
     """
-    from .profiling.measure import measure_many
+    from ..profiling.measure import measure_many
 
     costs = measure_many({name: load_model(name, pretrained, args) for name in models}, batch_size, threads, runs=runs)
     width = max(map(len, costs))
@@ -295,103 +221,3 @@ def measure(models: tuple[str, ...], batch_size: int, threads: int | None, runs:
         click.echo(f"{name:{width}}  {cost.params:>13,}  {cost.macs:>16,}  {cost.peak_memory / 1e6:>10.1f}  {latency:>31}")
     first = next(iter(costs.values()))
     click.echo(f"batch {first.batch_size}, {plural(first.threads, 'thread')}")
-
-
-def plural(count: int, what: str) -> str:
-    """`1 thread`, `2 threads`."""
-    return f"{count} {what}{'s' * (count != 1)}"
-
-
-@cli.command(
-    epilog=examples(
-        "zoo-compress coverage --all",
-        "zoo-compress coverage 'vit_*' resnet50 -o vits.csv --proof-below 30e6",
-    )
-)
-@click.argument("patterns", nargs=-1, metavar="[NAME_OR_GLOB]...")
-@click.option("--all", "everything", is_flag=True, help="Every architecture of timm's registry.")
-@click.option("--proof-below", type=float, default=100e6, show_default=True, help="Prove layouts of models with fewer parameters; 0: none.")
-@click.option(
-    "-o", "--out", type=click.Path(path_type=Path, dir_okay=False), default="coverage.csv", show_default=True, help="Table to write."
-)
-@click.option("--time-limit", type=click.FloatRange(min=1), default=600, show_default=True, help="Seconds for one analysis or proof.")
-@click.option("--memory-limit", type=click.FloatRange(min=1), default=16, show_default=True, help="GiB for one analysis or proof.")
-@click.option("--retry", is_flag=True, help="Do again what did not end well.")
-@click.option("--fresh", is_flag=True, help="Do everything again.")
-def coverage(
-    patterns: tuple[str, ...],
-    everything: bool,
-    proof_below: float,
-    out: Path,
-    time_limit: float,
-    memory_limit: float,
-    retry: bool,
-    fresh: bool,
-) -> None:
-    """Analyse timm architectures without allocating weights, and prove the layouts of all but the largest.
-
-    Writes one row per architecture to a CSV file after each; a run that was stopped goes on where it was. Prints a summary.
-    """
-    from .coverage import architectures, cover, summary
-
-    if not patterns and not everything:
-        raise CompressError("coverage: expected names or globs of architectures, or --all")
-    rows = cover(
-        architectures(() if everything else patterns),
-        out,
-        proof_below=int(proof_below),
-        time_limit=time_limit,
-        memory_limit=memory_limit,
-        retry=retry,
-        fresh=fresh,
-    )
-    click.echo(summary(rows))
-    wrong = [row.name for row in rows if row.status == "wrong"]
-    if wrong:
-        raise CompressError(f"coverage: the layout is wrong of {', '.join(wrong)}")
-
-
-def load_model(name: str, pretrained: bool = False, args: Sequence[str] = ()) -> "nn.Module":
-    """Load what a user calls a model.
-
-    Args:
-        name: an architecture, `local-dir:PATH`, `hf-hub:OWNER/REPO`, or the path of a folder that holds a saved model.
-        pretrained: for an architecture, load its pretrained weights.
-        args: `NAME=VALUE` arguments of `timm.create_model`, values written as in YAML.
-
-    Raises:
-        CompressError: there is no such model, or it cannot be loaded with these arguments.
-    """
-    import difflib
-
-    import timm
-    import yaml
-    from timm.models import split_model_name_tag
-
-    import zoo_compress  # noqa: F401  (registers its architectures with timm)
-
-    kwargs = {}
-    for arg in args:
-        key, equals, value = arg.partition("=")
-        if not equals or not key.isidentifier():
-            raise CompressError(f"--arg: expected NAME=VALUE, found {arg!r}")
-        try:
-            kwargs[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise CompressError(f"--arg {key}: expected a value as in YAML, found {value!r}") from error
-    if Path(name).is_dir():
-        name = f"local-dir:{name}"
-    saved = ":" in name
-    if not saved and not timm.is_model(split_model_name_tag(name)[0]):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"; did you mean {', '.join(close)}?" if close else ""
-        raise CompressError(f"model {name!r}: expected a name of timm.list_models(), local-dir:PATH, hf-hub:OWNER/REPO or a folder{hint}")
-    try:
-        return timm.create_model(name, pretrained=pretrained or saved, **kwargs)
-    except CompressError:
-        raise
-    # Whatever an architecture or the network raises, the user's name or arguments led there.
-    except Exception as error:
-        reason = next(iter(str(error).splitlines()), "")
-        given = f" with {kwargs}" if kwargs else ""
-        raise CompressError(f"model {name!r}: timm cannot create it{given}: {type(error).__name__}: {reason}") from error

@@ -1,0 +1,208 @@
+"""Model cards: every number is the record's, the recipe reads as the one that ran, the snippet runs, the weights keep its word."""
+
+import json
+import re
+import shutil
+import struct
+
+import pytest
+import timm
+import torch
+import yaml
+from huggingface_hub import ModelCard
+
+import zoo_compress as zc
+from zoo_compress.errors import CompressError
+from zoo_compress.recipe import load_recipe
+from zoo_compress.record import Row, read_record, write_record
+from zoo_compress.sharing import card, picture
+from zoo_compress.sharing.verify import verify_card
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of a run's output folder, to be changed."""
+    return shutil.copytree(finished[0], tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def written(finished, tmp_path_factory):
+    """A run, its card as the client reads it, and its text."""
+    out = shutil.copytree(finished[0], tmp_path_factory.mktemp("card") / "out")
+    folder = card.write(out)
+    return out, ModelCard.load(folder / "README.md"), (folder / "README.md").read_text()
+
+
+def block(text, language):
+    return re.search(rf"```{language}\n(.*?)```", text, re.S)[1]
+
+
+def test_front_matter(written):
+    out, found, _ = written
+    data, record = found.data.to_dict(), read_record(out)
+    assert data["library_name"] == "timm"
+    assert data["pipeline_tag"] == "image-classification"
+    assert data["license"] == "apache-2.0"
+    assert data["base_model"] == timm.get_pretrained_cfg("test_resnet").hf_hub_id
+    assert data["base_model_relation"] == "finetune"
+    assert data["datasets"] == ["digits"]
+    assert {"timm", "zoo_compress", "pruned"} <= set(data["tags"])
+    metrics = {result.metric_type: result.metric_value for result in found.data.eval_results}
+    row = record.table[-1]
+    evaluated = next(step.metrics for step in record.steps if step.kind == "evaluate")
+    assert metrics == {
+        "accuracy": row.top1,
+        "top5": evaluated["top5"],
+        "loss": evaluated["loss"],
+        "parameters": row.params,
+        "macs": row.macs,
+        "size": (out / "model/model.safetensors").stat().st_size,
+        "latency": row.latency_ms,
+    }
+
+
+def test_text_has_the_records_numbers(written):
+    out, _, text = written
+    record = read_record(out)
+    for row in record.table:
+        assert f"| {row.label} | {row.params:,} | {row.macs:,}" in text
+        assert f"{row.top1:.2f}%" in text
+    for name, version in record.versions.items():
+        assert f"| {name} | {version} |" in text
+    assert f"| seed | {record.seed} |" in text
+    assert record.machine["processor"] in text
+    assert "trained from scratch on `digits`" in text
+
+
+def test_baselines_that_were_not_measured_are_named(written, run):
+    assert "Not measured: the same structure trained from scratch" in written[2]
+    record = read_record(run)
+    extra = record.table[-1].model_copy(update={"label": "Scratch-E", "top1": 12.25})
+    write_record(run, record.model_copy(update={"table": (*record.table[:-1], extra, record.table[-1])}))
+    text = (card.write(run) / "README.md").read_text()
+    assert "Not measured" not in text
+    assert "Scratch-E: top-1 12.25%" in text
+    assert "| Scratch-E | " in text
+
+
+def test_the_recipe_is_the_one_that_ran(written, tmp_path):
+    out, _, text = written
+    (tmp_path / "recipe.yaml").write_text(block(text, "yaml"))
+    assert load_recipe(tmp_path / "recipe.yaml").sha256 == read_record(out).recipe_sha256
+
+
+def test_the_snippet_runs(written, monkeypatch, capsys):
+    out, _, text = written
+    monkeypatch.chdir(out / "model")
+    exec(compile(block(text, "python"), "README.md", "exec"), {})
+    assert capsys.readouterr().out == "torch.Size([1, 10])\n"
+
+
+def test_the_same_run_gives_the_same_card(written):
+    out, _, text = written
+    picture_before = (out / "model/widths.png").read_bytes()
+    card.write(out)
+    assert (out / "model/README.md").read_text() == text
+    assert (out / "model/widths.png").read_bytes() == picture_before
+
+
+def test_picture(written):
+    out, _, text = written
+    header = (out / "model/widths.png").read_bytes()[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n"
+    assert min(struct.unpack(">II", header[16:])) > 100
+    assert "](widths.png)" in text
+    model = zc.load(out / "model")
+    layers = {name: (before, now) for name, before, now in picture.widths(model)}
+    base = dict(timm.create_model("test_resnet", num_classes=10, in_chans=1).named_modules())
+    now = dict(model.named_modules())
+    assert layers
+    for name, sizes in layers.items():
+        assert sizes == (base[name].weight.shape[0], now[name].weight.shape[0])
+    assert any(after < before for before, after in layers.values())
+
+
+def test_spread_over_seeds(run, finished):
+    text = (card.write(run, [finished[1]]) / "README.md").read_text()
+    top1 = torch.tensor([read_record(folder).table[-1].top1 for folder in finished], dtype=torch.float64)
+    assert f"top-1 {top1.mean():.2f} ± {top1.std():.2f}% (mean and standard deviation of 2 runs, seeds 0, 1)" in text
+    with pytest.raises(CompressError, match="with another seed"):
+        card.write(run, [finished[0]])
+
+
+def test_runs_that_are_none(tmp_path, run):
+    with pytest.raises(CompressError, match="expected the output folder of a run"):
+        card.write(tmp_path / "nothing")
+    write_record(run, read_record(run).model_copy(update={"status": "running"}))
+    with pytest.raises(CompressError, match="expected a finished run"):
+        card.write(run)
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("digits", "digits"), ("hfds/me/birds", "me/birds"), ("torch/cifar10", "cifar10"), ("imagefolder:/home/me/x", "imagefolder")],
+)
+def test_data_sets_are_named_without_paths(source, name):
+    assert card.dataset(source) == name
+
+
+class TestVerify:
+    @pytest.fixture
+    def folder(self, written, tmp_path):
+        return shutil.copytree(written[0] / "model", tmp_path / "model")
+
+    def change(self, folder, change):
+        path = folder / "README.md"
+        head, text = path.read_text().removeprefix("---\n").split("\n---\n", 1)
+        data = yaml.safe_load(head)
+        change(data)
+        path.write_text(f"---\n{yaml.safe_dump(data)}\n---\n{text}")
+
+    def test_a_true_card(self, folder, written):
+        done = verify_card(str(folder))
+        assert done.found == done.top1 == read_record(written[0]).table[-1].top1
+        assert done.images == 355
+
+    def test_other_accuracy(self, folder):
+        self.change(folder, lambda data: data["zoo_compress"].update(top1=data["zoo_compress"]["top1"] + 1.5))
+        with pytest.raises(CompressError, match=r"top-1: the card says .* found .* on 355 images"):
+            verify_card(str(folder))
+
+    def test_other_accuracy_for_people_only(self, folder):
+        self.change(folder, lambda data: data["model-index"][0]["results"][0]["metrics"][0].update(value=99.9))
+        with pytest.raises(CompressError, match=r"top-1 in its model-index: the card says 99\.9"):
+            verify_card(str(folder))
+
+    @pytest.mark.parametrize(("key", "word"), [("params", "parameters"), ("macs", "MACs"), ("weights_sha256", "sha256")])
+    def test_other_facts(self, folder, key, word):
+        value = {"weights_sha256": "0" * 64}.get(key, 5)
+        self.change(folder, lambda data: data["zoo_compress"].update({key: value}))
+        with pytest.raises(CompressError, match=f"do not do what its card says: .*{word}"):
+            verify_card(str(folder))
+
+    def test_other_weights(self, folder):
+        model = zc.load(folder)
+        with torch.no_grad():
+            model.fc.weight.zero_()
+        zc.save(model, folder)
+        with pytest.raises(CompressError, match=r"sha256.*top-1: the card says"):
+            verify_card(str(folder))
+
+    @pytest.mark.parametrize(
+        "text", [None, "", "no front matter", "---\nlicense: mit\n---\n", "---\nzoo_compress: [\n---\n", "---\nzoo_compress: 3\n---\n"]
+    )
+    def test_no_numbers(self, folder, text):
+        (folder / "README.md").unlink() if text is None else (folder / "README.md").write_text(text)
+        with pytest.raises(CompressError, match="expected a card"):
+            verify_card(str(folder))
+
+
+def test_rows_are_a_list():
+    """Nothing counts the rows: models with several widths or exits have more."""
+    values = {"params": 1, "macs": 1, "top1": 1.0, "latency_ms": 1.0, "latency_iqr_ms": 0.0, "weight_memory": 1, "activation_memory": 1}
+    rows = [Row(label=f"width {i}", batch_size=1, threads=1, **values) for i in range(4)]
+    assert [card._cells(row, rows[0], {"size": 1})[0] for row in rows] == [row.label for row in rows]
+
+
+def test_config_of_the_card_is_json(written):
+    assert json.loads(json.dumps(written[1].data.to_dict()["zoo_compress"]))["format"] == 1

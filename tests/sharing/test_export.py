@@ -1,0 +1,112 @@
+"""Other formats and other people's code: outputs are the model's own."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from zoo_compress.errors import CompressError
+from zoo_compress.plugin import save
+from zoo_compress.sharing import export
+from zoo_compress.training.config import DataConfig
+
+HALF = "test_resnet__pruned.digits_half"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return timm.create_model(HALF, pretrained=True).eval()
+
+
+@pytest.mark.parametrize("architecture", [None, "test_vit__pruned"])
+def test_onnx(architecture, model, tmp_path):
+    import onnxruntime
+
+    if architecture:
+        model, data = timm.create_model(architecture, keep=0.5).eval(), None
+    else:
+        data = DataConfig(source="digits")
+    done = export.export_onnx(model, tmp_path / "model.onnx", data)
+    assert done.difference <= export.TOLERANCE
+    assert done.real is (data is not None)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    assert done.size == (tmp_path / "model.onnx").stat().st_size
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    (name,) = (value.name for value in session.get_inputs())
+    for count in (1, 3):
+        images = torch.randn(count, *model.pretrained_cfg["input_size"])
+        with torch.no_grad():
+            expected = model(images).numpy()
+        assert np.abs(session.run(None, {name: images.numpy()})[0] - expected).max() <= 1e-4 * max(1, np.abs(expected).max())
+
+
+def test_program(model, tmp_path):
+    done = export.export_program(model, tmp_path / "model.pt2", DataConfig(source="digits"))
+    assert done.difference <= export.TOLERANCE
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    images = torch.randn(5, *model.pretrained_cfg["input_size"])
+    assert torch.allclose(program(images), model(images), atol=1e-5)
+
+
+def test_a_difference_is_an_error(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "TOLERANCE", -1.0)
+    with pytest.raises(CompressError, match="exported ones differ by"):
+        export.export_onnx(model, tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_extra_is_named(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(CompressError, match=r"pip install 'zoo_compress\[onnx\]'"):
+        export.export_onnx(model, tmp_path / "model.onnx")
+
+
+def test_models_that_cannot_be_exported():
+    class Branch(torch.nn.Module):
+        def forward(self, x):
+            return x if x.sum().item() > 0 else -x  # which of them, only the numbers tell
+
+    with pytest.raises(CompressError, match=r"Branch: torch\.export cannot export it"):
+        export.export_program(Branch())
+
+
+def test_images_are_those_of_the_data_source(model):
+    images = export.comparison_images(model, DataConfig(source="digits"), 4)
+    assert images.shape == (4, 1, 32, 32)
+    assert len(images.unique()) > 10
+    assert not torch.equal(images, export.comparison_images(model, None, 4))
+
+
+def test_command(tmp_path):
+    from click.testing import CliRunner
+
+    from zoo_compress.cli import cli
+
+    run = CliRunner().invoke(cli, ["export", HALF, "--program", str(tmp_path / "m.pt2")])
+    assert run.exit_code == 0, run.output
+    assert "outputs on 8 images of digits differ by" in run.output
+    assert CliRunner().invoke(cli, ["export", HALF]).exit_code == 2
+
+
+@pytest.mark.parametrize("kind", ["published", "saved"])
+def test_as_an_encoder_of_somebody_elses_network(kind, tmp_path):
+    """segmentation_models_pytorch makes a U-Net around any backbone that timm's factory makes by name."""
+    import segmentation_models_pytorch as segmentation
+
+    if kind == "published":
+        name, base, channels = HALF, "test_resnet", 1
+    else:
+        save(timm.create_model("test_efficientnet__pruned", keep=0.5), tmp_path)
+        name, base, channels = f"local-dir:{tmp_path}", "test_efficientnet", 3
+    unet = segmentation.Unet(f"tu-{name}", encoder_weights=True, in_channels=channels, classes=2)
+    weights = timm.create_model(name, pretrained=True).state_dict()
+    taken = {key.removeprefix("model."): value for key, value in unet.encoder.state_dict().items()}
+    assert all(torch.equal(value, weights[key]) for key, value in taken.items())
+    out = unet(torch.randn(2, channels, 64, 64))
+    assert out.shape == (2, 2, 64, 64)
+    out.square().mean().backward()
+    grads = [parameter.grad for parameter in unet.encoder.parameters()]
+    assert all(grad is not None and grad.isfinite().all() for grad in grads)
+    dense = timm.create_model(base, features_only=True, in_chans=channels).feature_info.channels()
+    assert all(now <= before for now, before in zip(unet.encoder.model.feature_info.channels(), dense, strict=True))
+    assert sum(unet.encoder.model.feature_info.channels()) < sum(dense)

@@ -1,0 +1,326 @@
+"""The shipped zoo: every entry is what it says, loads offline by name, and names no weights that are not there."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from click.testing import CliRunner
+
+import zoo_compress as zc
+from zoo_compress.cli import cli
+from zoo_compress.errors import CompressError
+from zoo_compress.plugin.weights import digest
+from zoo_compress.recipe import load_recipe
+from zoo_compress.record import read_record
+from zoo_compress.sharing.pull import pull
+from zoo_compress.sharing.recipe_text import recipe_of
+from zoo_compress.sharing.ship import cards_table, publish, ship
+from zoo_compress.sharing.verify import verify_card
+from zoo_compress.zoo import index
+
+ROOT = Path(__file__).parents[1]
+ENTRIES = index.read().variants
+PACKAGED = [entry for entry in ENTRIES if entry.checkpoint]
+HALF = "test_resnet__pruned.digits_half"
+
+
+def invoke(*args, code=0):
+    result = CliRunner().invoke(cli, [str(arg) for arg in args])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+class TestEntries:
+    def test_recipe_exists(self, entry):
+        load_recipe(ROOT / "recipes" / entry.recipe)
+
+    def test_weights_are_what_it_says(self, entry):
+        if not entry.checkpoint:
+            assert entry.recipe or entry.hub_id
+            return
+        weights = entry.folder / "model.safetensors"
+        assert (digest(weights), weights.stat().st_size) == (entry.sha256, entry.size)
+        assert entry.size < 1_000_000
+        assert {path.name for path in entry.folder.iterdir()} == {"config.json", "model.safetensors", "results.json"}
+
+    def test_numbers_are_the_records(self, entry):
+        if not entry.checkpoint:
+            return
+        record = read_record(entry.folder)
+        first, last = record.table[0], record.table[-1]
+        assert (entry.top1, entry.macs, entry.params) == (round(last.top1, 4), last.macs, last.params)
+        assert (entry.base_top1, entry.base_macs, entry.base_params) == (round(first.top1, 4), first.macs, first.params)
+        assert recipe_of(record.recipe) == load_recipe(ROOT / "recipes" / entry.recipe)
+
+    def test_loads_by_name(self, entry):
+        if not entry.checkpoint:
+            return
+        model = timm.create_model(entry.name, pretrained=True).eval()
+        layout = zc.analyze(model)
+        assert (layout.num_params(), layout.macs()) == (entry.params, entry.macs)
+        local = zc.load(entry.folder).eval()
+        images = torch.randn(2, *model.pretrained_cfg["input_size"])
+        assert torch.equal(model(images), local(images))
+
+    def test_has_a_card(self, entry):
+        assert (ROOT / "model_cards" / f"{entry.name}.md").is_file()
+        assert f"]({entry.name}.md)" in (ROOT / "model_cards/README.md").read_text()
+
+
+def test_nothing_lies_around_unnamed():
+    assert {path.name for path in index.CHECKPOINTS.iterdir()} == {entry.checkpoint for entry in PACKAGED}
+    cards = {path.stem for path in (ROOT / "model_cards").glob("*.md")} - {"README"}
+    assert cards == {entry.name for entry in ENTRIES}
+
+
+def test_cards_were_not_edited(tmp_path):
+    assert (ROOT / "model_cards/README.md").read_text() == cards_table(index.read())
+    for entry in PACKAGED:
+        text = (pull(entry.name, tmp_path / entry.name) / "README.md").read_text()
+        assert (ROOT / f"model_cards/{entry.name}.md").read_text() == text.replace("widths.png", f"{entry.name}.png")
+
+
+def test_a_small_one_keeps_its_cards_word():
+    entry = index.find(HALF)
+    assert verify_card(HALF).top1 == pytest.approx(entry.top1, abs=1e-3)
+
+
+class TestNames:
+    def test_offline_in_a_fresh_process(self):
+        program = f"import timm, zoo_compress; print(timm.create_model({HALF!r}, pretrained=True).num_classes)"
+        environment = {
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": ":".join(filter(None, sys.path)),
+            "PATH": "/usr/bin:/bin",
+            "HOME": "/nonexistent",
+        }
+        out = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, env=environment)
+        assert out.stdout == "10\n", out.stderr
+
+    def test_timm_knows_it(self):
+        assert HALF in timm.list_models(pretrained=True)
+        assert HALF in timm.list_pretrained()
+        cfg = timm.get_pretrained_cfg(HALF)
+        assert (cfg.tag, cfg.num_classes, cfg.input_size) == ("digits_half", 10, (1, 32, 32))
+
+    def test_arguments_of_timm(self):
+        dense = timm.create_model("test_resnet", in_chans=1, features_only=True).feature_info.channels()
+        channels = timm.create_model(HALF, pretrained=True, features_only=True).feature_info.channels()
+        assert all(now <= before for now, before in zip(channels, dense, strict=True))
+        assert sum(channels) < sum(dense)
+        assert timm.create_model(HALF, pretrained=True, num_classes=3).num_classes == 3
+        rgb = timm.create_model(HALF, pretrained=True, in_chans=3).eval()
+        assert rgb(torch.randn(1, 3, 32, 32)).shape == (1, 10)
+
+    def test_without_weights_it_is_the_structure(self):
+        model, trained = timm.create_model(HALF), timm.create_model(HALF, pretrained=True)
+        shapes = {name: value.shape for name, value in model.state_dict().items()}
+        assert shapes == {name: value.shape for name, value in trained.state_dict().items()}
+        assert not torch.equal(model.fc.weight, trained.fc.weight)
+
+    def test_saved_again(self, tmp_path):
+        model = timm.create_model(HALF, pretrained=True)
+        zc.save(model, tmp_path)
+        assert (tmp_path / "model.safetensors").read_bytes() == (index.find(HALF).folder / "model.safetensors").read_bytes()
+
+    def test_the_name_without_a_tag_is_the_architecture(self):
+        with pytest.raises(CompressError, match="expected one of keep="):
+            timm.create_model("test_resnet__pruned", pretrained=True)
+        assert timm.create_model("test_resnet__pruned", keep=0.5).num_classes == 1000
+
+    def test_a_budget_beside_a_tag(self):
+        with pytest.raises(CompressError, match="keep given with a stored variant"):
+            timm.create_model(HALF, pretrained=True, keep=0.5)
+
+    def test_the_command_line_takes_it(self):
+        assert "frozen" in invoke("inspect", HALF).output
+        assert "top-1 98.87%" in invoke("eval", HALF, "--data", "digits").output
+
+
+class TestList:
+    def test_by_name_or_base(self):
+        assert [v.name for v in zc.list_variants()] == sorted(entry.name for entry in ENTRIES)
+        assert HALF in [v.name for v in zc.list_variants("test_resnet*")]
+        assert HALF in [v.name for v in zc.list_variants("test_resnet")]
+        assert HALF in [v.name for v in zc.list_variants("*.digits_half")]
+        assert zc.list_variants("vit*") == []
+
+    def test_lines(self):
+        (found,) = zc.list_variants(HALF)
+        entry = index.find(HALF)
+        assert (found.base, found.method, found.source) == ("test_resnet", "pruned", "packaged")
+        assert (found.top1, found.macs, found.params, found.size) == (entry.top1, entry.macs, entry.params, entry.size)
+
+    def test_command(self):
+        output = invoke("list", "test_resnet*").output
+        assert re.search(rf"{re.escape(HALF)} +digits +98\.87% +2,011,584 +179,992 +734,712  packaged", output)
+        assert "no variant's name" in invoke("list", "vit*", code=2).stderr
+
+
+GOOD = json.loads(index.INDEX.read_text())["variants"][0]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"format": 2}, "format"),
+        ({"variants": [{**GOOD, "top1": 101.0}]}, "top1"),
+        ({"variants": [{**GOOD, "macs": "1"}]}, "macs"),
+        ({"variants": [{**GOOD, "sha256": "0"}]}, "sha256"),
+        ({"variants": [{**GOOD, "name": "resnet18"}]}, "name"),
+        ({"variants": [{**GOOD, "checkpoint": "../../etc"}]}, "checkpoint"),
+        ({"variants": [{**GOOD, "more": 1}]}, "more"),
+        ({"variants": [GOOD, GOOD]}, "is there twice"),
+        ({"variants": [{**GOOD, "checkpoint": None, "recipe": None}]}, "nobody could have it"),
+    ],
+)
+def test_an_index_is_checked(tmp_path, change, said):
+    path = tmp_path / "index.json"
+    path.write_text(json.dumps({"format": 1, "variants": [], **change}))
+    with pytest.raises(CompressError, match=said):
+        index.read(path)
+    path.write_text("{")
+    with pytest.raises(CompressError, match="expected an index"):
+        index.read(path)
+
+
+class TestPull:
+    def test_packaged(self, tmp_path):
+        invoke("pull", HALF, "-o", tmp_path / "there")
+        assert {"config.json", "model.safetensors", "README.md"} <= {path.name for path in (tmp_path / "there").iterdir()}
+        assert verify_card(str(tmp_path / "there")).images == 355
+
+    def test_from_the_hub(self, hub, tmp_path):
+        zc.push_to_hub(pull(HALF, tmp_path / "a"), "me/half", tag="v1")
+        pull("me/half@v1", tmp_path / "b")
+        same = {
+            name: (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+            for name in ("config.json", "model.safetensors")
+        }
+        assert all(same.values())
+        invoke("verify", "me/half@v1")
+
+    @pytest.mark.parametrize(
+        ("name", "said"),
+        [("test_resnet__pruned.nope", "expected a name of"), ("me/nothing", "no such repository"), ("me/x@a@b", "expected OWNER/NAME")],
+    )
+    def test_what_is_not_there(self, hub, tmp_path, name, said):
+        with pytest.raises(CompressError, match=said):
+            pull(name, tmp_path / "out")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_folders_with_files_are_left_alone(self, tmp_path):
+        (tmp_path / "mine").write_text("mine")
+        with pytest.raises(CompressError, match="expected a new or empty folder"):
+            pull(HALF, tmp_path)
+
+
+class TestPublish:
+    @pytest.fixture
+    def file(self, tmp_path):
+        """A copy of the zoo, to be written to."""
+        shutil.copytree(index.CHECKPOINTS, tmp_path / "zoo/checkpoints")
+        return Path(shutil.copyfile(index.INDEX, tmp_path / "zoo/index.json"))
+
+    def test_all_then_nothing(self, hub, file):
+        lines = []
+        done = publish("me", file=file, tag="v1", log=lines.append)
+        assert [pushed.changed for pushed in done] == [True] * len(PACKAGED)
+        assert set(hub.repos) == {f"me/{entry.name}" for entry in PACKAGED}
+        for entry in index.read(file).variants:
+            assert entry.hub_id == f"me/{entry.name}@v1"
+            again = timm.create_model(f"hf-hub:{entry.hub_id}", pretrained=True)
+            shipped = timm.create_model(entry.name, pretrained=True)
+            assert all(torch.equal(value, again.state_dict()[name]) for name, value in shipped.state_dict().items())
+            assert f'"hf-hub:me/{entry.name}"' in hub.files(f"me/{entry.name}")["README.md"].decode()
+        hub.log.clear()
+        assert [pushed.changed for pushed in publish("me", file=file, tag="v1", log=lines.append)] == [False] * len(PACKAGED)
+        assert not {"commit", "upload", "tag", "create"} & set(hub.steps())
+
+    def test_stopped_in_the_middle(self, hub, file):
+        with hub.fault("commit", status=500, times=1), pytest.raises(CompressError, match=rf"1 of {len(PACKAGED)} variants .*status 500"):
+            publish("me", file=file, log=lambda line: None)
+        first, *others = index.read(file).variants
+        assert first.hub_id is None
+        assert all(entry.hub_id for entry in others)
+        assert [pushed.changed for pushed in publish("me", file=file, log=lambda line: None)] == [True, *[False] * len(others)]
+        assert all(entry.hub_id for entry in index.read(file).variants)
+
+    def test_what_the_index_does_not_mean_is_not_pushed(self, hub, file):
+        weights = file.parent / "checkpoints" / HALF
+        shutil.copyfile(index.find("test_byobnet__pruned.fmnist_half").folder / "model.safetensors", weights / "model.safetensors")
+        with pytest.raises(CompressError, match="not the file that config"):
+            publish("me", file=file, log=lambda line: None)
+        assert f"me/{HALF}" not in hub.repos
+
+    def test_by_name_from_the_hub(self, hub, file, monkeypatch):
+        """An entry that only the Hub has: timm's name leads there."""
+        from zoo_compress.plugin import registry
+
+        publish("me", file=file, log=lambda line: None)
+        entries = tuple(entry.model_copy(update={"checkpoint": None}) for entry in index.read(file).variants)
+        (entry,) = (entry for entry in entries if entry.name == HALF)
+        cfg = registry._with_weights(timm.get_pretrained_cfg("test_resnet__pruned"), entry)
+        monkeypatch.setitem(timm.models._registry._model_pretrained_cfgs, HALF, cfg)
+        hub.log.clear()
+        model = timm.create_model(HALF, pretrained=True)
+        assert model.num_classes == 10
+        assert any(f"me/{HALF}/resolve/main/model.safetensors" in path for _, path, _ in hub.log)
+
+    def test_a_recipe_that_was_not_run(self, hub, file, tmp_path):
+        content = json.loads(file.read_text())
+        content["variants"] = [{key: value for key, value in entry.items() if key != "checkpoint"} for entry in content["variants"]]
+        file.write_text(json.dumps(content))
+        with pytest.raises(CompressError, match=r"found none; zoo-compress run recipes/quickstart\.yaml"):
+            publish("me", file=file, runs=tmp_path / "runs", log=lambda line: None)
+        assert hub.repos == {}
+
+    def test_command(self, hub, file):
+        output = invoke("publish", "--owner", "me", "--index", file).output
+        assert f"{HALF}: hf-hub:me/{HALF}, pushed" in output
+
+
+class TestShip:
+    @pytest.fixture
+    def made(self, tmp_path):
+        """A run's output folder, as the shipped zoo remembers it."""
+        out = tmp_path / "out"
+        source = index.find(HALF).folder
+        shutil.copytree(source, out / "model", ignore=shutil.ignore_patterns("results.json"))
+        shutil.copyfile(source / "results.json", out / "results.json")
+        return out
+
+    def test_adds_what_the_shipped_index_has(self, made, tmp_path):
+        (tmp_path / "zoo").mkdir()
+        file = tmp_path / "zoo/index.json"
+        file.write_text('{"variants": []}')
+        invoke("ship", made, HALF, "quickstart.yaml", "--cards", tmp_path / "cards", "--index", file)
+        assert index.read(file).variants == (index.find(HALF),)
+        for path in index.find(HALF).folder.iterdir():
+            assert (tmp_path / "zoo/checkpoints" / HALF / path.name).read_bytes() == path.read_bytes()
+        assert (tmp_path / f"cards/{HALF}.md").read_text() == (ROOT / f"model_cards/{HALF}.md").read_text()
+        ship(made, HALF, "quickstart.yaml", cards=tmp_path / "cards", file=file)
+        assert len(index.read(file).variants) == 1
+
+    def test_another_name(self, made, tmp_path):
+        with pytest.raises(CompressError, match=r"expected test_resnet__pruned\.TAG"):
+            ship(made, "resnet18__pruned.half", "quickstart.yaml", cards=tmp_path / "cards", file=index.INDEX)
+
+
+def test_push_of_a_run_writes_its_card(hub, tmp_path):
+    out = tmp_path / "out"
+    source = index.find(HALF).folder
+    shutil.copytree(source, out / "model", ignore=shutil.ignore_patterns("results.json"))
+    shutil.copyfile(source / "results.json", out / "results.json")
+    assert "hf-hub:me/half@v1: commit " in invoke("push", out, "me/half", "--tag", "v1").output
+    assert "nothing changed" in invoke("push", out, "me/half", "--tag", "v1").output
+    assert {"config.json", "model.safetensors", "README.md", "widths.png"} <= hub.files("me/half").keys()
+    assert "the card's numbers hold" in invoke("verify", "hf-hub:me/half@v1").output
+    assert invoke("card", out).output.strip() == str(out / "model/README.md")

@@ -1,0 +1,86 @@
+"""Commands that run for long: recipes, and the table over timm's registry."""
+
+from pathlib import Path
+
+import click
+
+from ..errors import CompressError
+from .common import cli, examples
+
+
+@cli.command(
+    epilog=examples(
+        "zoo-compress run recipes/quickstart.yaml",
+        "./recipes/quickstart.yaml                  # recipes are scripts",
+        "zoo-compress run recipes/quickstart.yaml --fresh",
+        "zoo-compress run recipes/quickstart.yaml --seed 1",
+        "torchrun --nproc_per_node 2 -m zoo_compress run recipes/quickstart.yaml",
+    )
+)
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--fresh", is_flag=True, help="Start over, whatever an earlier run left in the recipe's output folder.")
+@click.option("--seed", type=int, help="Another seed than the recipe's; its output folder then ends with it.")
+def run(recipe: Path, fresh: bool, seed: int | None) -> None:
+    """Run RECIPE, or what is left of it, and print its table.
+
+    A run that was stopped goes on after its last epoch and ends with the same numbers. A finished one is not run again.
+    """
+    from ..record import format_table
+    from ..runner import run as run_recipe
+
+    try:
+        record = run_recipe(recipe, fresh=fresh, seed=seed)
+    except KeyboardInterrupt:
+        click.echo(f"stopped; zoo-compress run {recipe} goes on from the last epoch", err=True)
+        raise SystemExit(130) from None
+    if record.table:
+        click.echo(format_table(record.table))
+
+
+@cli.command(
+    epilog=examples(
+        "zoo-compress coverage --all",
+        "zoo-compress coverage 'vit_*' resnet50 -o vits.csv --proof-below 30e6",
+    )
+)
+@click.argument("patterns", nargs=-1, metavar="[NAME_OR_GLOB]...")
+@click.option("--all", "everything", is_flag=True, help="Every architecture of timm's registry.")
+@click.option("--proof-below", type=float, default=100e6, show_default=True, help="Prove layouts of models with fewer parameters; 0: none.")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path, dir_okay=False), default="coverage.csv", show_default=True, help="Table to write."
+)
+@click.option("--time-limit", type=click.FloatRange(min=1), default=600, show_default=True, help="Seconds for one analysis or proof.")
+@click.option("--memory-limit", type=click.FloatRange(min=1), default=16, show_default=True, help="GiB for one analysis or proof.")
+@click.option("--retry", is_flag=True, help="Do again what did not end well.")
+@click.option("--fresh", is_flag=True, help="Do everything again.")
+def coverage(
+    patterns: tuple[str, ...],
+    everything: bool,
+    proof_below: float,
+    out: Path,
+    time_limit: float,
+    memory_limit: float,
+    retry: bool,
+    fresh: bool,
+) -> None:
+    """Analyse timm architectures without allocating weights, and prove the layouts of all but the largest.
+
+    Writes one row per architecture to a CSV file after each; a run that was stopped goes on where it was. Prints a summary.
+    """
+    from ..coverage import architectures, cover, summary
+
+    if not patterns and not everything:
+        raise CompressError("coverage: expected names or globs of architectures, or --all")
+    rows = cover(
+        architectures(() if everything else patterns),
+        out,
+        proof_below=int(proof_below),
+        time_limit=time_limit,
+        memory_limit=memory_limit,
+        retry=retry,
+        fresh=fresh,
+    )
+    click.echo(summary(rows))
+    wrong = [row.name for row in rows if row.status == "wrong"]
+    if wrong:
+        raise CompressError(f"coverage: the layout is wrong of {', '.join(wrong)}")

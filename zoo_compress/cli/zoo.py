@@ -1,0 +1,171 @@
+"""Commands of the zoo: what there is, getting it, checking it, giving it to others."""
+
+from pathlib import Path
+
+import click
+
+from ..errors import CompressError
+from .common import cli, examples
+
+NAME_HELP = "NAME is a name of `zoo-compress list`, OWNER/REPO or OWNER/REPO@REVISION on the Hub, or a folder."
+TOKENS = "The token is the one `hf auth login` stored, or HF_TOKEN."
+
+
+@cli.command("list", epilog=examples("zoo-compress list", "zoo-compress list 'resnet*'"))
+@click.argument("pattern", default="*", metavar="[GLOB]")
+def list_(pattern: str) -> None:
+    """List the variants of the zoo: accuracy, MACs, parameters, bytes of weights, and where they are."""
+    import zoo_compress as zc
+
+    rows = [["", "data", "top-1", "MACs", "parameters", "bytes", "where"]]
+    for v in zc.list_variants(pattern):
+        rows.append([v.name, v.dataset, f"{v.top1:.2f}%", f"{v.macs:,}", f"{v.params:,}", f"{v.size:,}", v.source])
+    if len(rows) == 1:
+        raise CompressError(f"list: no variant's name, nor its base's, matches {pattern!r}")
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for name, data, *numbers, where in rows:
+        cells = [cell.rjust(width) for cell, width in zip(numbers, widths[2:-1], strict=True)]
+        click.echo("  ".join([name.ljust(widths[0]), data.ljust(widths[1]), *cells, where]).rstrip())
+
+
+@cli.command(
+    epilog=NAME_HELP + "\n\n" + examples("zoo-compress pull test_byobnet__pruned.fmnist_half", "zoo-compress pull OWNER/REPO@v1 -o there")
+)
+@click.argument("name")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path, file_okay=False), help="New or empty folder; NAME's last part unless given."
+)
+def pull(name: str, output: Path | None) -> None:
+    """Fetch a variant into a folder: config.json, model.safetensors and its card."""
+    from ..sharing.pull import pull as fetch
+
+    folder = fetch(name, output or Path(name.rpartition("/")[2].partition("@")[0]))
+    click.echo(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+
+
+@cli.command(
+    epilog=TOKENS
+    + "\n\n"
+    + examples("zoo-compress push runs/quickstart me/digits-half", "zoo-compress push out me/resnet18-half --tag v1 --private")
+)
+@click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
+@click.argument("repo_id", metavar="OWNER/REPO")
+@click.option("--tag", help="A name for this version.")
+@click.option("--private", is_flag=True, help="Only the owner sees it.")
+@click.option("--message", help="Of the commit.")
+@click.option("--revision", help="Branch to commit to; it must exist.")
+def push(directory: Path, repo_id: str, tag: str | None, private: bool, message: str | None, revision: str | None) -> None:
+    """Publish the model in DIR on the Hugging Face Hub: its three files in one commit, and nothing else.
+
+    DIR is a saved model, or the output folder of a recipe, whose card is then written first.
+    """
+    import zoo_compress as zc
+
+    from ..record import read_record
+    from ..sharing import card
+
+    if directory.is_dir() and read_record(directory) is not None:
+        directory = card.write(directory)
+    pushed = zc.push_to_hub(directory, repo_id, tag=tag, private=private, commit_message=message, revision=revision)
+    state = f"commit {pushed.commit[:12]}" if pushed.changed else f"nothing changed, commit {pushed.commit[:12]} holds the same files"
+    click.echo(f"{pushed.name}: {state}")
+
+
+@cli.command(
+    epilog=examples("zoo-compress card runs/quickstart", "zoo-compress card runs/seed0 --seed-run runs/seed1 --seed-run runs/seed2")
+)
+@click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
+@click.option(
+    "--seed-run", "seeds", multiple=True, type=click.Path(path_type=Path), help="Output folder of the same recipe with another seed."
+)
+def card(directory: Path, seeds: tuple[Path, ...]) -> None:
+    """Write the model card of a finished recipe, from its record, beside its model. DIR is the recipe's output folder."""
+    from ..sharing.card import README, write
+
+    click.echo(f"{write(directory, seeds) / README}")
+
+
+@cli.command(
+    epilog=NAME_HELP
+    + "\n\n"
+    + examples(
+        "zoo-compress verify test_byobnet__pruned.fmnist_half",
+        "zoo-compress verify runs/quickstart/model",
+        "zoo-compress verify OWNER/REPO --data-root /data/imagenet",
+    )
+)
+@click.argument("name")
+@click.option("--data-root", help="Folder of the data set, if it is not where the recipe had it.")
+def verify(name: str, data_root: str | None) -> None:
+    """Evaluate a variant on its recipe's data and compare with its card; a difference is an error."""
+    from ..sharing.verify import verify_card
+
+    done = verify_card(name, data_root=data_root)
+    click.echo(
+        f"{name}: the card's numbers hold: top-1 {done.found:.2f}% on {done.images:,} images (card {done.top1:.2f}%), "
+        f"{done.params:,} parameters, {done.macs:,} MACs"
+    )
+
+
+@cli.command(
+    epilog=TOKENS + "\n\n" + examples("zoo-compress publish --owner me", "zoo-compress publish --owner me --tag v1 --index index.json")
+)
+@click.option("--owner", required=True, help="User or organisation.")
+@click.option("--index", "file", type=click.Path(path_type=Path), help="The index to read and to write; the package's own unless given.")
+@click.option("--runs", type=click.Path(path_type=Path), default="runs", show_default=True, help="Output folders of recipes.")
+@click.option("--tag", help="A name for this version.")
+@click.option("--private", is_flag=True, help="Only the owner sees them.")
+def publish(owner: str, file: Path | None, runs: Path, tag: str | None, private: bool) -> None:
+    """Push every variant of the index under one name, and write the index with their ids on the Hub.
+
+    Stop it however you like: the same command goes on. What is there already is not pushed again.
+    """
+    from ..sharing.ship import publish as push_all
+    from ..zoo.index import INDEX
+
+    push_all(owner, file=file or INDEX, runs=runs, tag=tag, private=private, log=click.echo)
+
+
+@cli.command(epilog=examples("zoo-compress ship runs/quickstart test_resnet__pruned.digits_half quickstart.yaml"))
+@click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
+@click.argument("name")
+@click.argument("recipe")
+@click.option("--cards", type=click.Path(path_type=Path), default="model_cards", show_default=True, help="Folder of cards.")
+@click.option("--index", "file", type=click.Path(path_type=Path), help="The index to write; the package's own unless given.")
+def ship(directory: Path, name: str, recipe: str, cards: Path, file: Path | None) -> None:
+    """Add a finished run to the zoo (for maintainers): index, card, and weights below 1 MB.
+
+    DIR is the output folder of RECIPE, a file in recipes/; NAME is BASE__METHOD.TAG.
+    """
+    from ..sharing.ship import ship as add
+    from ..zoo.index import INDEX
+
+    entry = add(directory, name, recipe, cards=cards, file=file or INDEX)
+    click.echo(f"{entry.name}: {entry.size:,} bytes, {'shipped' if entry.checkpoint else 'too large to ship: its recipe makes it'}")
+
+
+@cli.command(
+    epilog=NAME_HELP
+    + "\n\n"
+    + examples(
+        "zoo-compress export test_byobnet__pruned.fmnist_half --onnx model.onnx",
+        "zoo-compress export runs/quickstart/model --onnx model.onnx --program model.pt2 --data digits",
+    )
+)
+@click.argument("name")
+@click.option("--onnx", type=click.Path(path_type=Path, dir_okay=False), help="Write ONNX to this file and compare it in onnxruntime.")
+@click.option("--program", type=click.Path(path_type=Path, dir_okay=False), help="Write torch.export's program to this file.")
+@click.option("--data", "source", help="Images to compare on; those of the card unless given, noise if there is none.")
+@click.option("--data-root", help="Folder of the data set.")
+def export(name: str, onnx: Path | None, program: Path | None, source: str | None, data_root: str | None) -> None:
+    """Export a model to ONNX or as a torch.export program, any batch size, outputs compared with the model's own to 1e-4."""
+    from ..sharing import export as exporting
+
+    if onnx is None and program is None:
+        raise CompressError("export: expected --onnx FILE, --program FILE or both, found neither")
+    model, data = exporting.open_for_export(name, source, data_root)
+    for kind, path, write in (("ONNX", onnx, exporting.export_onnx), ("program", program, exporting.export_program)):
+        if path is not None:
+            done = write(model, path, data)
+            images = f"{done.images} {f'images of {data.source}' if data else 'images of noise'}"
+            click.echo(f"{path}: {kind}, {done.size:,} bytes; outputs on {images} differ by {done.difference:.1e}")

@@ -1,0 +1,61 @@
+"""The widths of a compressed model beside those of its base, as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from timm.models import model_entrypoint
+from torch import nn
+
+from ..errors import CompressError
+from ..structure.variant import Variant
+
+
+def widths(model: nn.Module) -> list[tuple[str, int, int]]:
+    """Output channels of every layer with a matrix or kernel: name, in the base, now.
+
+    Raises:
+        CompressError: The model is not a compressed one.
+    """
+    stored = getattr(model, "_model_args", {}).get("variant")
+    if stored is None:
+        raise CompressError(f"{type(model).__name__}: expected a compressed model, found one without a record")
+    variant = Variant.from_dict(stored)
+    with torch.device("meta"):
+        base = model_entrypoint(variant.base)(
+            pretrained=False, **{"num_classes": model.num_classes, "in_chans": getattr(model, "in_chans", 3), **variant.base_args}
+        )
+    before = {name: parameter.shape[0] for name, parameter in base.named_parameters() if parameter.ndim > 1}
+    return [
+        (name.removesuffix(".weight"), before[name], parameter.shape[0])
+        for name, parameter in model.named_parameters()
+        if name in before and name.endswith("weight")
+    ]
+
+
+def draw(model: nn.Module, path: Path) -> None:
+    """Draw `widths` as one bar a layer, in the order of the layers, the base's behind the model's.
+
+    Raises:
+        CompressError: The model is not a compressed one, or matplotlib is missing.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise CompressError("the card's picture needs matplotlib: pip install 'zoo_compress[plots]'") from error
+    layers = widths(model)
+    figure = Figure(figsize=(8, max(2.0, 0.6 + 0.16 * len(layers))), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    places = range(len(layers))
+    axes.barh(places, [before for _, before, _ in layers], color="0.85", label="base")
+    axes.barh(places, [now for _, _, now in layers], color="tab:blue", label="this model")
+    axes.set_yticks(places, [name for name, _, _ in layers], fontsize=6)
+    axes.invert_yaxis()
+    axes.set_xlabel("output channels")
+    axes.margins(y=0.01)
+    axes.legend(loc="lower right", fontsize=8)
+    # Without the time it was drawn at, so that the same model gives the same file.
+    figure.savefig(path, dpi=100, metadata={"Software": None})

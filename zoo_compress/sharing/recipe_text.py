@@ -1,0 +1,35 @@
+"""A recipe as YAML again, as short as it can be said."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from ..recipe import Recipe
+
+
+def recipe_of(stored: Mapping[str, Any]) -> Recipe:
+    """The recipe that a record holds.
+
+    Raises:
+        pydantic.ValidationError: It is not one that this version reads.
+    """
+    stages = [_named(stage) for stage in stored["stages"]]
+    return Recipe.model_validate_json(json.dumps({**stored, "stages": stages}))
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """A recipe file that reads as this recipe: what is left out has its default value."""
+    content = recipe.model_dump(mode="json", exclude_defaults=True)
+    stages = []
+    for stage, short in zip(recipe.stages, content["stages"], strict=True):
+        ((kind, body),) = _named({**short, "kind": stage.kind}).items()
+        stages.append({kind: body} if body else kind)
+    return yaml.safe_dump({**content, "stages": stages}, sort_keys=False, allow_unicode=True, width=120).strip()
+
+
+def _named(stage: Mapping[str, Any]) -> dict[str, Any]:
+    return {stage["kind"]: {key: value for key, value in stage.items() if key != "kind"}}

@@ -1,0 +1,172 @@
+"""The shipped zoo: adding a run's result to the index, and publishing all of it on the Hub."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from ..errors import CompressError
+from ..plugin.hub import load
+from ..plugin.remote import CONFIG
+from ..plugin.weights import WEIGHTS, digest
+from ..record import RECORD_NAME, Record, Row
+from ..structure.variant import Variant
+from ..training.checkpoint import write_atomic
+from ..zoo import index
+from . import card
+from .pull import packaged
+from .push import Pushed, push_to_hub
+
+LARGEST = 1_000_000
+"""Bytes of weights that are shipped with the package; of others the recipe is."""
+
+
+def ship(
+    directory: str | Path, name: str, recipe: str, *, cards: str | Path = "model_cards", file: str | Path = index.INDEX
+) -> index.Entry:
+    """Add the result of a finished run to the zoo: to the index, its card to a folder of cards, small weights to the package.
+
+    Args:
+        directory: Output folder of the run.
+        name: `<base>__<method>.<tag>`.
+        recipe: File in `recipes/` that makes it.
+        cards: Folder of cards; its README.md, the table over all of them, is written anew.
+        file: The index; checkpoints go to `checkpoints/` beside it. An entry of that name is replaced.
+
+    Raises:
+        CompressError: There is no finished run, or it made something else than the name says.
+    """
+    directory, file, cards = Path(directory), Path(file), Path(cards)
+    record = card.finished(directory)
+    folder = card.saved_folder(directory)
+    if folder is None:
+        raise CompressError(f"{directory}: expected a run that saved a model, found no save stage in its record")
+    model = load(folder)
+    variant = Variant.from_dict(getattr(model, "_model_args", {}).get("variant"))
+    if name.partition(".")[0] != variant.architecture:
+        raise CompressError(f"{name}: expected {variant.architecture}.TAG, the name of what {directory} made")
+    entry = _entry(record, folder, name, recipe)
+    listing = index.read(file)
+    if entry.checkpoint:
+        target = file.parent / "checkpoints" / entry.checkpoint
+        target.mkdir(parents=True, exist_ok=True)
+        for source in (folder / WEIGHTS, folder / CONFIG, directory / RECORD_NAME):
+            write_atomic(target / source.name, source.read_bytes())
+    cards.mkdir(parents=True, exist_ok=True)
+    subject = card.Subject(model, folder, name if entry.checkpoint else card.HERE, record)
+    picture = card.draw(subject, cards, f"{name}.png")
+    write_atomic(cards / f"{name}.md", card.render(subject, picture).encode())
+    others = tuple(other for other in listing.variants if other.name != name)
+    listing = index.Index(variants=tuple(sorted((*others, entry), key=lambda entry: entry.name)))
+    write_atomic(file, index.dump(listing).encode())
+    write_atomic(cards / card.README, cards_table(listing).encode())
+    return entry
+
+
+def _entry(record: Record, folder: Path, name: str, recipe: str) -> index.Entry:
+    first: Row = record.table[0]
+    last: Row = record.table[-1]
+    size = (folder / WEIGHTS).stat().st_size
+    data = record.recipe["data"]
+    assert isinstance(data, dict)
+    return index.Entry(
+        name=name,
+        dataset=card.dataset(str(data["source"])),
+        top1=round(last.top1, 4),
+        macs=last.macs,
+        params=last.params,
+        size=size,
+        sha256=digest(folder / WEIGHTS),
+        base_top1=round(first.top1, 4),
+        base_macs=first.macs,
+        base_params=first.params,
+        recipe=recipe,
+        checkpoint=name if size < LARGEST else None,
+    )
+
+
+def cards_table(listing: index.Index) -> str:
+    """The index of the cards, as Markdown."""
+    lines = [
+        "# Model cards",
+        "",
+        "Written by `zoo-compress ship` from the records of runs; not edited.",
+        "",
+        "| variant | made of | data | top-1 (base) | MACs (base) | parameters (base) | weights, bytes | where |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for entry in listing.variants:
+        where = "in the package" if entry.checkpoint else f"`hf-hub:{entry.hub_id}`" if entry.hub_id else "its recipe makes it"
+        lines.append(
+            f"| [{entry.name}]({entry.name}.md) | {entry.base} | {entry.dataset} | {entry.top1:.2f}% ({entry.base_top1:.2f}%) | "
+            f"{entry.macs:,} ({entry.base_macs:,}) | {entry.params:,} ({entry.base_params:,}) | {entry.size:,} | {where} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def publish(
+    owner: str,
+    *,
+    file: str | Path = index.INDEX,
+    runs: str | Path = "runs",
+    tag: str | None = None,
+    private: bool = False,
+    token: str | None = None,
+    log: Callable[[str], None] = print,
+) -> list[Pushed]:
+    """Push every variant of the index to the Hub under one owner's name, and write the Hub's ids into the index.
+
+    Variants are pushed one after the other, and the index is written after each: stop it however you like, the same call goes on. What is
+    there already, with equal content, is not pushed again.
+
+    Args:
+        owner: User or organisation.
+        file: The index to read and to write.
+        runs: Where the recipes' output folders are, for variants whose weights are not shipped.
+        tag: A name for this version.
+        private: Whether only the owner sees them.
+        token: See `push_to_hub`.
+        log: Takes a line for each variant.
+
+    Raises:
+        CompressError: At the end, if variants could not be pushed, with the reason of each.
+    """
+    listing, done, failed = index.read(Path(file)), [], []
+    for entry in listing.variants:
+        repo_id = f"{owner}/{index.repo_name(entry)}"
+        try:
+            with tempfile.TemporaryDirectory(prefix="zoo_compress-publish-") as scratch:
+                _collect(entry, Path(file).parent, Path(runs), Path(scratch), f"hf-hub:{repo_id}")
+                pushed = push_to_hub(scratch, repo_id, tag=tag, private=private, token=token, commit_message=f"Add {entry.name}")
+        except CompressError as error:
+            failed.append(f"{entry.name}: {error}")
+            log(f"{entry.name}: {error}")
+            continue
+        done.append(pushed)
+        hub_id = f"{repo_id}@{tag}" if tag else repo_id
+        variants = tuple(entry.model_copy(update={"hub_id": hub_id}) if other.name == entry.name else other for other in listing.variants)
+        listing = listing.model_copy(update={"variants": variants})
+        write_atomic(Path(file), index.dump(listing).encode())
+        log(f"{entry.name}: {pushed.name}, {'pushed' if pushed.changed else 'there already'}")
+    if failed:
+        raise CompressError(f"{len(failed)} of {len(listing.variants)} variants were not published: {'; '.join(failed)}")
+    return done
+
+
+def _collect(entry: index.Entry, zoo: Path, runs: Path, folder: Path, name: str) -> None:
+    """A folder to push: checkpoint and card, known to be what the index names."""
+    if entry.checkpoint:
+        packaged(entry, folder, name, zoo / "checkpoints" / entry.checkpoint)
+    else:
+        output = runs / str(entry.recipe).rpartition(".")[0]
+        made = card.saved_folder(output)
+        if made is None:
+            raise CompressError(f"expected the run of its recipe in {output}, found none; zoo-compress run recipes/{entry.recipe}")
+        source = card.write(output)
+        for file in source.iterdir():
+            if file.name in (CONFIG, WEIGHTS, card.README, card.PICTURE):
+                shutil.copyfile(file, folder / file.name)
+    if (found := digest(folder / WEIGHTS)) != entry.sha256:
+        raise CompressError(f"expected weights with sha256 {entry.sha256[:12]}… as in the index, found {found[:12]}…")

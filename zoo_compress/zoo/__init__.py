@@ -1,0 +1,1 @@
+"""What has been compressed and measured: the index, and the checkpoints small enough to ship."""
