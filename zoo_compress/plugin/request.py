@@ -68,7 +68,9 @@ class Request:
             raise VariantError(f"variant.base: expected {self.base!r} for {self.name}, found a record of {variant.architecture}")
         chosen = {key: value for key, value in self.options.items() if key != "variant" and value != self.saved.get(key)}
         if chosen:
-            raise CompressError(f"{self.name}: {', '.join(chosen)} given with a stored variant; load it, then compress it with zoo_compress.prune, slim or netaug")
+            raise CompressError(
+                f"{self.name}: {', '.join(chosen)} given with a stored variant; load it, then compress it with zoo_compress.prune, slim or netaug"
+            )
         return variant
 
     def chosen(self, expected: Collection[str]) -> dict[str, Any]:

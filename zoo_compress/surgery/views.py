@@ -1,4 +1,7 @@
-"""A bank at a choice of widths: views of its parameters, and its attributes, put in place while the model runs."""
+"""A bank at a choice of widths: views of its parameters, and its attributes, put in place while the model runs.
+
+Between two passes nothing but the bank exists. Within one, a view whose elements do not lie side by side in memory becomes a copy.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +88,7 @@ class View:
         self._before: list[tuple[Any, Any, Any]] = []
 
     def __enter__(self) -> View:
-        new = [(tensors, key, own if isinstance(own, Tensor) else own(tensors[key])) for tensors, key, own in self._tensors]
+        new = [(tensors, key, own if isinstance(own, Tensor) else _viewed(tensors[key], own)) for tensors, key, own in self._tensors]
         new += self._values
         self._before = [(container, key, container[key]) for container, key, _ in new]
         self._put(new)
@@ -117,6 +120,13 @@ def narrowed(tensor: Tensor, dims: tuple[str, ...], base: Mapping[str, int], siz
     """
     narrow = _narrowing(dims, base, sizes)
     return tensor if narrow is None else narrow(tensor)
+
+
+def _viewed(tensor: Tensor, narrow: Narrowing) -> Tensor:
+    # Torch chooses operations by the strides of a weight, and by whether it requires gradients even where none are recorded. For results
+    # equal to a static model's to the bit both have to be as there; the copy lives as long as the pass.
+    view = narrow(tensor).contiguous()
+    return view if torch.is_grad_enabled() else view.requires_grad_(tensor.requires_grad)
 
 
 def _narrowing(dims: tuple[str, ...], base: Mapping[str, int], sizes: Mapping[str, int]) -> Narrowing | None:
