@@ -226,3 +226,50 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(RecipeError, match="expected no other run"):
             run(write(tmp_path, text=SHORT))
+
+
+ELASTIC = """
+model:
+  name: test_resnet
+  args: {{num_classes: 10, in_chans: 1}}
+  pretrained_cfg: {{input_size: [1, 8, 8]}}
+data: {{source: digits, batch_size: 256}}
+output: {output}
+stages:
+  - train: {{epochs: 1, lr: 3e-3, method: {{METHOD}}}}
+  - evaluate
+  - save
+measure: {{runs: 3}}
+"""
+
+
+@pytest.mark.parametrize("method", ["slim: {{widths: [0.5, 1.0]}}", "us: {{widths: [0.5, 1.0], calibration_batches: 2}}"])
+def test_a_network_of_several_widths_has_a_row_for_each(tmp_path, method):
+    record = run(write(tmp_path, text=ELASTIC.replace("METHOD", method)), log=lambda line: None)
+    rows = {row.label: row for row in record.table}
+    assert list(rows) == ["model ×1", "model ×0.5", "reloaded"]
+    assert rows["model ×0.5"].macs < 0.5 * rows["model ×1"].macs
+    assert rows["reloaded"].top1 == rows["model ×1"].top1 == record.step("01_train").metrics["top1"]
+    evaluated = record.step("02_evaluate").metrics
+    assert {label: metrics["top1"] for label, metrics in evaluated.items()} == {
+        "evaluate ×1": rows["model ×1"].top1,
+        "evaluate ×0.5": rows["model ×0.5"].top1,
+    }
+    net = timm.create_model(f"local-dir:{tmp_path / 'out' / 'model'}", pretrained=True)
+    assert net.widths == (0.5, 1.0)
+
+
+def test_netaug_leaves_the_architecture_as_it_was(tmp_path):
+    record = run(write(tmp_path, text=ELASTIC.replace("METHOD", "netaug: {{r: 2, s: 1, calibration_batches: 2}}")), log=lambda line: None)
+    assert [row.label for row in record.table] == ["model", "reloaded"]
+    assert json.loads((tmp_path / "out" / "model" / "config.json").read_text())["architecture"] == "test_resnet"
+    assert record.table[1].top1 == record.table[0].top1
+
+
+def test_a_teacher_by_name(tmp_path, whole):
+    teacher = f"local-dir:{whole[0] / 'out' / 'model'}"
+    text = ELASTIC.replace("- train: ", "- finetune: ").replace("method: {{METHOD}}", f"distill: {{{{teacher: '{teacher}'}}}}")
+    record = run(write(tmp_path, text=text), log=lambda line: None)
+    assert record.status == "finished"
+    with pytest.raises(RecipeError, match="timm cannot create 'nobody'"):
+        run(write(tmp_path, "other", text=text.replace(teacher, "nobody")), log=lambda line: None)

@@ -69,7 +69,7 @@ class Request:
         chosen = {key: value for key, value in self.options.items() if key != "variant" and value != self.saved.get(key)}
         if chosen:
             raise CompressError(
-                f"{self.name}: {', '.join(chosen)} given with a stored variant; load it, then compress it with zoo_compress.prune, slim or netaug"
+                f"{self.name}: {', '.join(chosen)} given with a stored variant; load it, then use zoo_compress.prune, slim or netaug"
             )
         return variant
 

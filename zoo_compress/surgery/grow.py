@@ -83,8 +83,8 @@ def grow(model: nn.Module, layout: Layout, sizes: Mapping[str, int]) -> tuple[nn
     olds = dict(named_tensors(model))
     with torch.no_grad():
         for name, tensor in named_tensors(bank):
-            places = [torch.from_numpy(terms.index(parse(dim), grown.base_sizes, first)) for dim in layout.params[name]]
-            if places:
+            if layout.moves(name):
+                places = [torch.from_numpy(terms.index(parse(dim), grown.base_sizes, first)) for dim in layout.params[name]]
                 tensor[torch.meshgrid(*places, indexing="ij")] = olds[name]
             else:
                 tensor.copy_(olds[name])
