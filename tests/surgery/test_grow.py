@@ -14,7 +14,9 @@ def doubled(model, layout):
     return {name: 2 * layout.axes[name].size for group in growable(model, layout) for name in group.axes}
 
 
-@pytest.mark.parametrize("name", "test_resnet test_efficientnet test_vit test_convnext test_byobnet densenet121 convit_tiny".split())
+@pytest.mark.parametrize(
+    "name", ["test_resnet", "test_efficientnet", "test_vit", "test_convnext", "test_byobnet", "densenet121", "convit_tiny"]
+)
 def test_the_first_elements_are_the_model(name):
     model = timm.create_model(name, num_classes=5).eval()
     layout = zc.analyze(model)
