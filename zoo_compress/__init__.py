@@ -4,6 +4,7 @@ Importing the package registers its names with timm: `timm.create_model("resnet1
 """
 
 from .errors import AnalysisError, CompressError, RecipeError, VariantError, VerificationError, WidthError
+from .methods.exits import ExitsConfig, ExitsTask, add_exits
 from .methods.prune import prune
 from .plugin import load, save
 from .profiling.measure import Measurement, measure
@@ -17,6 +18,8 @@ __all__ = [
     "AnalysisError",
     "Axis",
     "CompressError",
+    "ExitsConfig",
+    "ExitsTask",
     "Layout",
     "Measurement",
     "RecipeError",
@@ -24,6 +27,7 @@ __all__ = [
     "Verification",
     "VerificationError",
     "WidthError",
+    "add_exits",
     "analyze",
     "calibrate",
     "load",

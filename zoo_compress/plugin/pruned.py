@@ -15,6 +15,7 @@ from torch import nn
 from ..errors import CompressError, VariantError
 from ..structure.budget import KINDS
 from ..structure.variant import OPTIONS, Variant
+from ..surgery.exits import attach_
 from ..surgery.origin import origin
 from ..surgery.restore import check, present, restore_
 from . import weights
@@ -22,6 +23,9 @@ from .builder import Built, build
 from .skip_init import skip_init
 
 __all__ = ["create"]
+
+Fresh = Callable[..., nn.Module]
+"""Makes a compressed model that no record describes yet: of (base, name, pretrained, overlay, cache_dir, options, kwargs)."""
 
 _logger = logging.getLogger(__name__)
 
@@ -47,9 +51,18 @@ def create(base: str, **kwargs: Any) -> nn.Module:
     Raises:
         CompressError: Whatever goes wrong, with its cause.
     """
-    name = f"{base}__{METHOD}"
+    return create_variant(base, METHOD, _pruned, **kwargs)
+
+
+def create_variant(base: str, method: str, fresh: Fresh, **kwargs: Any) -> nn.Module:
+    """Create a model from its record, or else by `fresh`; either way as timm's factory would, with everything it admits.
+
+    Raises:
+        CompressError: Whatever goes wrong, with its cause.
+    """
+    name = f"{base}__{method}"
     try:
-        return _create(base, name, **kwargs)
+        return _create(base, name, fresh, **kwargs)
     except CompressError:
         raise
     except Exception as error:
@@ -59,6 +72,7 @@ def create(base: str, **kwargs: Any) -> nn.Module:
 def _create(
     base: str,
     name: str,
+    fresh: Fresh,
     *,
     pretrained: bool = False,
     pretrained_cfg: str | dict[str, Any] | PretrainedCfg | None = None,
@@ -76,7 +90,7 @@ def _create(
             raise VariantError(f"variant.base: expected {base!r} for {name}, found a record of {variant.architecture}")
         chosen = {key: value for key, value in options.items() if value != saved.get(key)}
         if chosen:
-            raise CompressError(f"{name}: {', '.join(chosen)} given with a stored variant; load it, then prune it with zoo_compress.prune")
+            raise CompressError(f"{name}: {', '.join(chosen)} given with a stored variant; load it, then change it with zoo_compress")
         load = _from_source(cfg, cache_dir) if pretrained else _keep
         args = {"cache_dir": cache_dir, "pretrained_model_args": saved, **variant.base_args, **kwargs}
         # With other classes or channels than the weights', some parameters keep the values they are built with.
@@ -85,7 +99,7 @@ def _create(
             return _restored(variant, cfg, load, {**variant.base_args, **_without_options(saved)}, args)
     if isinstance(pretrained_cfg, Mapping) and weights.has_source(cfg):
         raise VariantError(f"{cfg.file or cfg.hf_hub_id or name}: expected a record 'variant' in model_args of config.json, found none")
-    small = _pruned(base, name, pretrained, pretrained_cfg_overlay, cache_dir, options, kwargs)
+    small = fresh(base, name, pretrained, pretrained_cfg_overlay, cache_dir, options, kwargs)
     cfg = PretrainedCfg(**small.pretrained_cfg)  # type: ignore[arg-type]
     variant = origin(small).previous  # type: ignore[union-attr, assignment]
     state = small.state_dict()
@@ -112,10 +126,13 @@ def _restored(
     entrypoint = model_entrypoint(variant.base)
 
     def between(built: Built) -> None:
+        if variant.exits and not kwargs.get("features_only"):
+            attach_(built.model, variant.exits)
         fitting = present(built.model, variant)
         if fitting != variant:
             # The model was asked for without its classifier, or as features. The record must still fit what it was made of.
-            check(entrypoint(pretrained=False, **source_args), variant)
+            whole = entrypoint(pretrained=False, **source_args)
+            check(attach_(whole, variant.exits) if variant.exits else whole, variant)
         restore_(built.model, fitting)
         load(built)
 
@@ -165,21 +182,46 @@ def _pruned(
     """The base, built as a classifier with the user's arguments, pruned by the user's budget."""
     from ..methods.prune import prune
 
-    tag = options.pop("base_tag", None)
     options.pop("variant", None)
     if not any(options.get(kind) is not None for kind in KINDS):
         budgets = ", ".join(f"{kind}=" for kind in KINDS)
         raise CompressError(f"{name}: expected one of {budgets} (how much to keep) or variant= (a stored record), found none")
+    if not pretrained:
+        options.setdefault("scope", "local")
+    tag = options.pop("base_tag", None)
+    model = base_model(base, name, pretrained, tag, overlay, cache_dir, kwargs, "pruned from the weights of %s and not fine-tuned")
+    return prune(model, **options)
+
+
+def base_model(
+    base: str,
+    name: str,
+    pretrained: bool,
+    tag: str | None,
+    overlay: dict[str, Any] | None,
+    cache_dir: str | Path | None,
+    kwargs: dict[str, Any],
+    warning: str,
+) -> nn.Module:
+    """The base, built as a classifier with the user's arguments, to be compressed.
+
+    Args:
+        base: timm architecture.
+        name: Of the model to be made of it, for messages.
+        pretrained, overlay, cache_dir, kwargs: As the factory got them.
+        tag: Which of the base's weights.
+        warning: What to say about a model made of pretrained weights, with %s where they are named.
+
+    Raises:
+        CompressError: If there are no such weights.
+    """
     if pretrained:
         _check_pretrained(base, tag, overlay)
-        source = f"{base}.{tag}" if tag else base
-        _logger.warning("%s: pruned from the weights of %s and not fine-tuned; train it before use.", name, source)
-    else:
-        options.setdefault("scope", "local")
+        _logger.warning(f"%s: {warning}; train it before use.", name, f"{base}.{tag}" if tag else base)
     own = {key: value for key, value in kwargs.items() if not key.startswith("feature") and key != "out_indices"}
     model = model_entrypoint(base)(pretrained=pretrained, pretrained_cfg=tag, pretrained_cfg_overlay=overlay, cache_dir=cache_dir, **own)
     model._model_args = {key: value for key, value in own.items() if key not in ("device", "dtype")}
-    return prune(model, **options)
+    return model
 
 
 def _check_pretrained(base: str, tag: str | None, overlay: dict[str, Any] | None) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 from timm.models import PretrainedCfg, _registry, generate_default_cfgs, list_models, register_model
 from torch import nn
 
-from . import pruned
+from . import exits, pruned
 
 KINDS: dict[str, ModuleType] = {
     "pruned": pruned,
+    "exits": exits,
 }
 """Kind → module whose `create(base, **kwargs)` makes such a model of a timm architecture. A kind is one line here."""
 

@@ -11,13 +11,14 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints,
 
 from ..errors import VariantError
 from . import terms
+from .exits import Exits
 from .layout import Layout, parse
 
 VERSION: Literal[1] = 1
 
 OPTIONS = frozenset(
     {"variant", "keep", "macs", "params", "latency", "criterion", "scope", "round_to", "min_keep", "exclude", "seed", "base_tag"}
-    | {"batch_size", "threads"}
+    | {"batch_size", "threads", "exits"}
 )
 """Arguments of the plugin's entrypoints that say how to compress; never arguments of a base."""
 
@@ -55,6 +56,7 @@ class Variant(BaseModel):
             as the base has it, whatever number of classes or input channels that base is built for.
         attributes: `module.path.attr` (`attr[i]`, `attr[i].key`) → term whose size it holds.
         scales: `module.path.attr` → term `t` of a float attribute that holds size(t) ** -0.5.
+        exits: Early exits; their heads are part of what `params` describes.
         provenance: Recipe, seed, versions, hash of the parent checkpoint, … as JSON scalars.
     """
 
@@ -68,6 +70,7 @@ class Variant(BaseModel):
     params: dict[Path, Dims] = Field(max_length=MAX_ENTRIES)
     attributes: dict[Path, TermText] = Field(default={}, max_length=MAX_ENTRIES)
     scales: dict[Path, TermText] = Field(default={}, max_length=MAX_ENTRIES)
+    exits: Exits | None = None
     provenance: dict[Name, Scalar] = Field(default={}, max_length=256)
 
     @field_validator("base_args")
@@ -119,8 +122,8 @@ class Variant(BaseModel):
         return tuple(n if term is None else self.size(term) for term, n in zip(self.params[name], base, strict=True))
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as JSON values, for `config.json`."""
-        return self.model_dump(mode="json")
+        """The record as JSON values, for `config.json`. Without exits it says nothing of them, as readers that know none expect."""
+        return self.model_dump(mode="json", exclude=None if self.exits else {"exits"})
 
     @classmethod
     def from_dict(cls, obj: object) -> Variant:
@@ -218,6 +221,7 @@ def record(
             "params": entries(layout.params, previous.params if previous else {}),
             "attributes": single(layout.attributes, previous.attributes if previous else {}),
             "scales": single(layout.scales, previous.scales if previous else {}),
+            "exits": previous.exits.model_dump(mode="json") if previous and previous.exits else None,
             "provenance": dict(provenance or {}),
         }
     )
