@@ -114,9 +114,9 @@ def add_exits(model: nn.Module, exits: int | float | str | Sequence[str] | Seque
         raise CompressError(f"exits: expected a model made by timm, which says what it takes; {type(model).__name__} does not")
     if source.previous is not None and source.previous.exits is not None:
         raise CompressError("exits: the model has exits already")
-    chosen = Exits(places=tuple(choose(model, default_input(model), wanted)))
-    net = copy.deepcopy(model)
-    attach_(net, chosen)
+    places, boundaries = choose(model, default_input(model), wanted)
+    chosen = Exits(places=tuple(places))
+    net = attach_(copy.deepcopy(model), chosen, boundaries)
     stamp(net, _record(net, chosen, source))
     classifiers = [f"exits.{i}.fc" for i in range(len(chosen.places))]
     cfg: Any = net.pretrained_cfg
@@ -138,7 +138,7 @@ def _on_base(exits: Exits, source: Origin) -> Exits:
     """The same exits as heads on the uncompressed base would have them."""
     with torch.device("meta"):
         base = create_model(source.base, **source.args)
-    proof = Trial(base, default_input(base)).prove([exit.place for exit in exits.places])
+    proof = Trial(base, default_input(base), values=False).prove([exit.place for exit in exits.places])
     features = [shapes[e.leaf][e.format.index("C") - 1] for e, shapes in zip(exits.places, proof.shapes, strict=True)]
     places = (exit.model_copy(update={"features": n}) for exit, n in zip(exits.places, features, strict=True))
     return exits.model_copy(update={"places": tuple(places)})

@@ -18,6 +18,7 @@ from ..structure.variant import OPTIONS, Variant
 from ..surgery.exits import attach_
 from ..surgery.origin import origin
 from ..surgery.restore import check, present, restore_
+from ..surgery.rows import Boundary
 from . import weights
 from .builder import Built, build
 from .skip_init import skip_init
@@ -107,7 +108,8 @@ def _create(
     def copy(built: Built) -> None:
         built.model.load_state_dict({key: state[key] for key in built.model.state_dict()})
 
-    return _restored(variant, cfg, copy, variant.base_args, {**variant.base_args, **kwargs})
+    proven = getattr(small, "boundaries", None)
+    return _restored(variant, cfg, copy, variant.base_args, {**variant.base_args, **kwargs}, proven)
 
 
 def _resolve(name: str, cfg: str | dict[str, Any] | PretrainedCfg | None, overlay: dict[str, Any] | None) -> PretrainedCfg:
@@ -121,13 +123,18 @@ def _resolve(name: str, cfg: str | dict[str, Any] | PretrainedCfg | None, overla
 
 
 def _restored(
-    variant: Variant, cfg: PretrainedCfg, load: Callable[[Built], None], source_args: dict[str, Any], kwargs: dict[str, Any]
+    variant: Variant,
+    cfg: PretrainedCfg,
+    load: Callable[[Built], None],
+    source_args: dict[str, Any],
+    kwargs: dict[str, Any],
+    boundaries: tuple[Boundary, ...] | None = None,
 ) -> nn.Module:
     entrypoint = model_entrypoint(variant.base)
 
     def between(built: Built) -> None:
         if variant.exits and not kwargs.get("features_only"):
-            attach_(built.model, variant.exits)
+            attach_(built.model, variant.exits, boundaries)
         fitting = present(built.model, variant)
         if fitting != variant:
             # The model was asked for without its classifier, or as features. The record must still fit what it was made of.

@@ -21,7 +21,7 @@ from ..structure.variant import Variant
 from .images import fitting
 from .kernels import Kernels
 from .leaving import MEASURES, Decision, Every, Head, Leaving, Patience, Spent, Threshold, Until, thresholds_of
-from .proof import Proof, Trial, copy_of
+from .proof import Trial, copy_of
 from .restore import present
 from .rows import Boundary, run, set_taps, visiting
 from .trace import default_input
@@ -249,12 +249,13 @@ class ExitsModel(nn.Module):
         return short
 
 
-def attach_(model: nn.Module, record: Exits) -> nn.Module:
+def attach_(model: nn.Module, record: Exits, boundaries: tuple[Boundary, ...] | None = None) -> nn.Module:
     """Give a model exits, in place. Their heads have random weights.
 
     Args:
         model: The model, built for the class count and channels its heads are to have. Its class gets `ExitsModel` put over it.
         record: Where. It is checked against a run without data before anything is made.
+        boundaries: How rows leave there, if that was proven on such a model already; there is no such run then.
 
     Raises:
         CompressError: If the record does not fit the model.
@@ -267,7 +268,31 @@ def attach_(model: nn.Module, record: Exits) -> nn.Module:
     for exit in record.places:
         if exit.place not in modules:
             raise CompressError(f"exits: {type(model).__name__} has no module {exit.place!r}")
-    proof = _proof(model, record)
+    if boundaries is None:
+        boundaries = _proven(model, record)
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    classes: Any = getattr(model, "num_classes", None)
+    if not isinstance(classes, int):
+        raise CompressError(f"exits: expected a classifier with num_classes, found {type(model).__name__} without")
+    with like.device:
+        heads = nn.ModuleList(Head(exit, classes) for exit in record.places).to(like.dtype)
+    heads.train(model.training)
+    model.__class__ = _with_exits(type(model))  # type: ignore[arg-type]
+    net: Any = model
+    net.exits, net.record, net.boundaries = heads, record, boundaries
+    set_taps(net, [exit.place for exit in record.places])
+    if record.truncated:
+        truncate_(net, record.places[0])
+    return model
+
+
+def _proven(model: nn.Module, record: Exits) -> tuple[Boundary, ...]:
+    """How rows leave at every exit of a record, which is checked against the model."""
+    names = [exit.place for exit in record.places]
+    try:
+        proof = Trial(model, default_input(model), values=False).prove(names)
+    except AnalysisError as error:
+        raise CompressError(f"exits: samples cannot leave at {', '.join(names)}: {error}") from error
     for exit, shapes in zip(record.places, proof.shapes, strict=True):
         shape = shapes[exit.leaf] if exit.leaf < len(shapes) else ()
         if len(shape) != len(exit.format) - 1 or shape[exit.format.index("C") - 1] != exit.features:
@@ -275,26 +300,7 @@ def attach_(model: nn.Module, record: Exits) -> nn.Module:
                 f"exits: {exit.place!r}: expected {exit.features} features in format {exit.format}, found a tensor of shape "
                 f"(batch{''.join(f', {n}' for n in shape)})"
             )
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    classes = getattr(model, "num_classes", proof.output[0])
-    with like.device:
-        heads = nn.ModuleList(Head(exit, classes) for exit in record.places).to(like.dtype)
-    heads.train(model.training)
-    model.__class__ = _with_exits(type(model))  # type: ignore[arg-type]
-    net: Any = model
-    net.exits, net.record, net.boundaries = heads, record, proof.boundaries
-    set_taps(net, [exit.place for exit in record.places])
-    if record.truncated:
-        truncate_(net, record.places[0])
-    return model
-
-
-def _proof(model: nn.Module, record: Exits) -> Proof:
-    names = [exit.place for exit in record.places]
-    try:
-        return Trial(model, default_input(model)).prove(names)
-    except AnalysisError as error:
-        raise CompressError(f"exits: samples cannot leave at {', '.join(names)}: {error}") from error
+    return proof.boundaries
 
 
 def store(net: nn.Module, record: Exits, renamed: tuple[str, str] | None = None) -> None:

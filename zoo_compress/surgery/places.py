@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 from ..errors import AnalysisError, CompressError
 from ..structure import unify as u
 from ..structure.exits import MAX_EXITS, Exit, Format
-from .proof import Trial
+from .proof import Proof, Trial
+from .rows import Boundary
 from .trace import BATCH, run_traced
 from .tracer import MODEL_ERRORS, Tracer
 
@@ -82,13 +83,18 @@ def places(model: nn.Module, example: torch.Tensor) -> list[Place]:
     return found
 
 
-def choose(model: nn.Module, example: torch.Tensor, wanted: int | Sequence[str] | Sequence[float]) -> list[Exit]:
+def choose(
+    model: nn.Module, example: torch.Tensor, wanted: int | Sequence[str] | Sequence[float]
+) -> tuple[list[Exit], tuple[Boundary, ...]]:
     """The exits a user asked for, each proven by letting rows leave there.
 
     Args:
         model: The model.
         example: A batch of two; only its shape and dtype are used.
         wanted: How many, at evenly spaced fractions of the MACs; or at these fractions; or the names of modules.
+
+    Returns:
+        The exits, and how rows leave there.
 
     Raises:
         CompressError: If there is no such place, or rows cannot leave there; says why.
@@ -102,12 +108,13 @@ def choose(model: nn.Module, example: torch.Tensor, wanted: int | Sequence[str] 
     order = {place.path: i for i, place in enumerate(found)}
     chosen.sort(key=lambda place: order[place.path])
     trial = Trial(model, example)
-    if reason := _refused(trial, chosen):
+    proof = _try(trial, chosen)
+    if isinstance(proof, str):
         for place in chosen:
-            if alone := _refused(trial, [place]):
+            if isinstance(alone := _try(trial, [place]), str):
                 raise CompressError(f"exits: samples cannot leave at {place.path!r}: {alone}")
-        raise CompressError(f"exits: samples cannot leave at {', '.join(place.path for place in chosen)} together: {reason}")
-    return [place.exit for place in chosen if place.exit is not None]
+        raise CompressError(f"exits: samples cannot leave at {', '.join(place.path for place in chosen)} together: {proof}")
+    return [place.exit for place in chosen if place.exit is not None], proof.boundaries
 
 
 def check_wanted(wanted: Any) -> int | tuple[str, ...] | tuple[float, ...]:
@@ -151,7 +158,7 @@ def _by_name(model: nn.Module, name: str, by_path: dict[str, Place]) -> Place:
     return place
 
 
-def _nearest(model: nn.Module, example: torch.Tensor, found: list[Place], fractions: list[float]) -> list[Exit]:
+def _nearest(model: nn.Module, example: torch.Tensor, found: list[Place], fractions: list[float]) -> Any:
     """Places near the wanted fractions. Those with nothing alive beside them come first; others only where these lie too far off."""
     usable = [p for p in found if p.exit and p.exit.format != "NC" and not p.repeated and (p.named or p.listed) and 0 < p.fraction < 1]
     bad: dict[str, str] = {}
@@ -172,20 +179,20 @@ def _nearest(model: nn.Module, example: torch.Tensor, found: list[Place], fracti
             most, what = len(_distinct(pool)), type(model).__name__
             raise CompressError(f"exits: expected at most {most} of them, the places {what} has, found {len(fractions)}{note}")
         picked = options[-1][1] if options[-1][0] <= 1 / (len(fractions) + 1) else min(options, key=lambda option: option[0])[1]
-        if _refused(trial, picked) is None:
-            return [place.exit for place in picked if place.exit is not None]
-        alone = {place.path: reason for place in picked if (reason := _refused(trial, [place]))}
+        proof = _try(trial, picked)
+        if not isinstance(proof, str):
+            return [place.exit for place in picked if place.exit is not None], proof.boundaries
+        alone = {place.path: reason for place in picked if isinstance(reason := _try(trial, [place]), str)}
         # Each alone is fine and together they are not: give up the last, which another takes the place of.
         bad |= alone or {picked[-1].path: "not together with the others"}
 
 
-def _refused(trial: Trial, chosen: Sequence[Place]) -> str | None:
-    """Why samples cannot leave at these places; None if they can."""
+def _try(trial: Trial, chosen: Sequence[Place]) -> Proof | str:
+    """The proof that samples can leave at these places, or why they cannot."""
     try:
-        trial.prove([place.path for place in chosen])
+        return trial.prove([place.path for place in chosen])
     except AnalysisError as error:
         return str(error)
-    return None
 
 
 def _distinct(pool: list[Place]) -> list[Place]:
