@@ -226,7 +226,8 @@ class ExitsModel(nn.Module):
     def export(self, exit: int) -> nn.Module:
         """A network that ends at an exit: a copy without the modules that run after it and without the other heads.
 
-        It saves and loads as a variant, and its forward pass is the same for every sample, so that it can be compiled or converted.
+        It saves and loads as a variant, and its forward pass is the same for every sample, so that it can be converted:
+        `torch.jit.trace`, and `torch.export.export(…, strict=True)` (without that, torch does not see that the pass ends early).
 
         Args:
             exit: Number of the exit, from 0.
