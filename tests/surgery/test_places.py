@@ -1,5 +1,7 @@
 """Which places exits take, on timm's small models."""
 
+import re
+
 import pytest
 import timm
 import torch
@@ -59,6 +61,22 @@ def test_formats_come_from_where_the_channel_axis_runs(name, place, format):
     assert exit.features == next(e["num_chs"] for e in model.feature_info if e["module"] == place)
 
 
+@pytest.mark.parametrize(("name", "place"), [("vit_tiny_patch16_dinov3_qkvb", "blocks.1"), ("test_efficientnet", "blocks.1")])
+def test_positions_that_an_axis_runs_along_are_not_taken_for_channels(name, place):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    (exit,) = chosen(model, (place,))
+    assert exit.features == next(e["num_chs"] for e in model.feature_info if e["module"] == place)
+
+
+@pytest.mark.parametrize("name", ["regnetx_002", "test_resnet", "test_vit"])
+def test_no_exit_is_at_the_very_end(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    found = {place.path: place for place in places(model, default_input(model))}
+    assert all(found[exit.place].fraction < 0.97 for exit in chosen(model, 4))
+
+
 def test_names_are_put_in_the_order_they_run(vit):
     assert [e.place for e in chosen(vit, ("blocks.3", "blocks.1"))] == ["blocks.1", "blocks.3"]
 
@@ -74,7 +92,6 @@ def test_fractions_take_the_nearest_places(vit):
         (("head",), "nothing is computed after 'head'"),
         (("blocks.1.attn.attn_drop",), "does not run by itself"),
         (("blocks",), None),
-        (99, "expected at most 7 of them"),
     ],
 )
 def test_places_that_are_none(vit, wanted, said):
@@ -83,6 +100,15 @@ def test_places_that_are_none(vit, wanted, said):
         return
     with pytest.raises(CompressError, match=said):
         chosen(vit, wanted)
+
+
+def test_too_many_says_how_many_there_are(vit):
+    with pytest.raises(CompressError, match="expected at most") as error:
+        chosen(vit, 99)
+    most = int(re.search(r"at most (\d+)", str(error.value)).group(1))
+    assert len(chosen(vit, most)) == most
+    with pytest.raises(CompressError, match=f"expected at most {most} of them, .* found {most + 1}"):
+        chosen(vit, most + 1)
 
 
 def test_a_module_that_runs_twice_is_refused():

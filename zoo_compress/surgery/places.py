@@ -37,6 +37,7 @@ class Place:
         repeated: The module runs more than once.
         named: timm names it in `feature_info`.
         listed: It is a child of the model, or of a sequence of modules.
+        block: It has modules of its own.
     """
 
     path: str
@@ -47,6 +48,7 @@ class Place:
     repeated: bool
     named: bool
     listed: bool
+    block: bool
 
 
 def places(model: nn.Module, example: torch.Tensor) -> list[Place]:
@@ -62,7 +64,7 @@ def places(model: nn.Module, example: torch.Tensor) -> list[Place]:
     for device in ("meta", "cpu"):  # a model that looks at values needs real tensors
         record = _Record()
         try:
-            run_traced(model, example, device, record.watch)
+            _, parameters, _ = run_traced(model, example, device, record.watch)
             break
         except MODEL_ERRORS as error:
             failure = error
@@ -71,15 +73,18 @@ def places(model: nn.Module, example: torch.Tensor) -> list[Place]:
     named = {entry.get("module", "") for entry in _feature_info(model)}
     runs = Counter(end.path for end in record.ends)
     total = max(record.macs(record.last), 1)
+    # How many dimensions of parameters each axis runs along: many for channels, few for positions (an embedding of them, a mixer).
+    along = Counter(v for terms in parameters.values() for term in terms for v in u.variables(term))
     token = bool(getattr(model, "num_prefix_tokens", 0)) and getattr(model, "global_pool", "token") == "token"
     found = []
     for end in record.ends:
         # Before anything has mixed positions, a class token knows nothing of the image.
-        exit, why = _exit(end, token and end.step >= record.uses.mixed)
+        exit, why = _exit(end, along, token and end.step >= record.uses.mixed)
         parent, _, _ = end.path.rpartition(".")
         listed = not parent or isinstance(model.get_submodule(parent), (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+        block = any(True for _ in model.get_submodule(end.path).children())
         fraction = record.macs(end) / total
-        found.append(Place(end.path, fraction, exit, why, record.beside(end), runs[end.path] > 1, end.path in named, listed))
+        found.append(Place(end.path, fraction, exit, why, record.beside(end), runs[end.path] > 1, end.path in named, listed, block))
     return found
 
 
@@ -159,32 +164,54 @@ def _by_name(model: nn.Module, name: str, by_path: dict[str, Place]) -> Place:
 
 
 def _nearest(model: nn.Module, example: torch.Tensor, found: list[Place], fractions: list[float]) -> Any:
-    """Places near the wanted fractions. Those with nothing alive beside them come first; others only where these lie too far off."""
-    usable = [p for p in found if p.exit and p.exit.format != "NC" and not p.repeated and (p.named or p.listed) and 0 < p.fraction < 1]
+    """Places near the wanted fractions, and how rows leave there."""
+    usable = [p for p in found if p.exit and p.exit.format != "NC" and not p.repeated and 0 < p.fraction < LAST]
     bad: dict[str, str] = {}
     trial = Trial(model, example)
     while True:
         pool = [place for place in usable if place.path not in bad]
-        options = []
-        for most in sorted({place.beside for place in pool}):
-            picked = _assign(_distinct([place for place in pool if place.beside <= most]), fractions)
-            if picked is not None:
-                off = max(abs(place.fraction - f) for place, f in zip(picked, fractions, strict=True))
-                options.append((off, picked))
-                if off <= 1 / (len(fractions) + 1):
-                    break
-        if not options:
+        picked = _pick(pool, fractions)
+        if picked is None:
             some = next(iter(bad.items()), None)
             note = f" ({len(bad)} were refused; {some[0]!r}: {some[1]})" if some else ""
-            most, what = len(_distinct(pool)), type(model).__name__
+            most, what = len(_distinct([place for place in pool if _fits(place)])), type(model).__name__
             raise CompressError(f"exits: expected at most {most} of them, the places {what} has, found {len(fractions)}{note}")
-        picked = options[-1][1] if options[-1][0] <= 1 / (len(fractions) + 1) else min(options, key=lambda option: option[0])[1]
         proof = _try(trial, picked)
         if not isinstance(proof, str):
             return [place.exit for place in picked if place.exit is not None], proof.boundaries
         alone = {place.path: reason for place in picked if isinstance(reason := _try(trial, [place]), str)}
         # Each alone is fine and together they are not: give up the last, which another takes the place of.
         bad |= alone or {picked[-1].path: "not together with the others"}
+
+
+LAST = 0.97
+"""Exits later than this fraction of the MACs save nothing worth a head."""
+
+
+def _pick(pool: list[Place], fractions: list[float]) -> list[Place] | None:
+    """Places near the fractions: of those timm names or lists in sequences, else any block, with nothing alive beside them; where all these
+    lie too far off, those with as little alive beside them as can be."""
+    spacing = 1 / (len(fractions) + 1)
+    clean = [place for place in pool if not place.beside]
+    tiers = [([p for p in clean if p.named or p.listed], spacing / 2), ([p for p in clean if p.named or p.listed or p.block], spacing)]
+    for most in sorted({place.beside for place in pool} - {0}):
+        tiers.append(([p for p in pool if p.beside <= most and _fits(p)], spacing))
+    best: tuple[float, list[Place]] | None = None
+    for places, near in tiers:
+        picked = _assign(_distinct(places), fractions)
+        if picked is None:
+            continue
+        off = max(abs(place.fraction - f) for place, f in zip(picked, fractions, strict=True))
+        if best is None or off < best[0]:
+            best = (off, picked)
+        if best[0] <= near:
+            break
+    return None if best is None else best[1]
+
+
+def _fits(place: Place) -> bool:
+    """Whether a place may be chosen for its cost; by name any may that works."""
+    return place.named or place.listed or (place.block and not place.beside)
 
 
 def _try(trial: Trial, chosen: Sequence[Place]) -> Proof | str:
@@ -301,13 +328,13 @@ class _Uses(TorchDispatchMode):
         return out
 
 
-def _exit(end: _End, token: bool) -> tuple[Exit | None, str]:
+def _exit(end: _End, along: Counter[Any], token: bool) -> tuple[Exit | None, str]:
     """The exit at a module's end: the first tensor it gives whose rows are samples and along which an axis of the layout runs."""
     why = "it gives no tensor of floats whose rows are the samples"
     for i, (shape, terms, floats) in enumerate(end.leaves):
         if not floats or len(shape) not in (2, 3, 4) or shape[0] != BATCH or u.variables(terms[0]):
             continue
-        channel = _channel(shape, terms)
+        channel = _channel(shape, terms, along)
         if channel is None:
             why = f"no axis of the layout runs along what it gives ({'×'.join(map(str, shape))})"
             continue
@@ -320,10 +347,11 @@ def _exit(end: _End, token: bool) -> tuple[Exit | None, str]:
 _FORMATS: dict[tuple[int, int], Format] = {(2, 1): "NC", (3, 1): "NCL", (3, 2): "NLC", (4, 1): "NCHW", (4, 3): "NHWC"}
 
 
-def _channel(shape: tuple[int, ...], terms: tuple[Any, ...]) -> int | None:
-    """The dimension that carries channels: an axis of the layout runs along it, one that may change if there is a choice."""
-    along = [d for d in range(1, len(shape)) if (len(shape), d) in _FORMATS and u.variables(terms[d])]
-    return min(along, key=lambda d: not u.is_free(terms[d]), default=None)
+def _channel(shape: tuple[int, ...], terms: tuple[Any, ...], along: Counter[Any]) -> int | None:
+    """The dimension that carries channels: the axis of the layout that runs along most parameters runs along it."""
+    dims = {d: max(map(along.__getitem__, u.variables(terms[d])), default=0) for d in range(1, len(shape)) if (len(shape), d) in _FORMATS}
+    channel = max(dims, key=dims.__getitem__)
+    return channel if dims[channel] else None
 
 
 def _feature_info(model: nn.Module) -> list[dict[str, Any]]:
