@@ -4,6 +4,7 @@ Importing the package registers its names with timm: `timm.create_model("resnet1
 """
 
 from .errors import AnalysisError, CompressError, HubError, RecipeError, VariantError, VerificationError, WidthError
+from .methods.exits import ExitsConfig, ExitsTask, add_exits
 from .methods.netaug import netaug
 from .methods.prune import prune
 from .methods.slimmable import slim
@@ -22,6 +23,8 @@ __all__ = [
     "AnalysisError",
     "Axis",
     "CompressError",
+    "ExitsConfig",
+    "ExitsTask",
     "HubError",
     "Layout",
     "Measurement",
@@ -31,6 +34,7 @@ __all__ = [
     "Verification",
     "VerificationError",
     "WidthError",
+    "add_exits",
     "analyze",
     "calibrate",
     "list_variants",

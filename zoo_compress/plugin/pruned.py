@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
-from timm.models import PretrainedCfg
 from torch import nn
 
 from ..errors import CompressError
 from ..structure.budget import KINDS
-from ..surgery.origin import origin
-from .builder import Built
-from .request import Request, answer, restored
+from .request import Request, answer
 
 __all__ = ["create"]
-
-_logger = logging.getLogger(__name__)
 
 OPTIONS = (*KINDS, "criterion", "scope", "round_to", "min_keep", "exclude", "seed", "batch_size", "threads")
 """Arguments of `zoo_compress.prune` that are JSON values."""
@@ -48,15 +42,7 @@ def _create(request: Request) -> nn.Module:
     variant = request.stored()
     if variant is not None:
         return request.restore(variant)[0]
-    small = _pruned(request)
-    made = origin(small).previous  # type: ignore[union-attr]
-    assert made is not None
-    state = small.state_dict()
-
-    def copy(built: Built) -> None:
-        built.model.load_state_dict({key: state[key] for key in built.model.state_dict()})
-
-    return restored(made, PretrainedCfg(**small.pretrained_cfg), copy, made.base_args, {**made.base_args, **request.args})  # type: ignore[arg-type]
+    return request.rebuild(_pruned(request))
 
 
 def _pruned(request: Request) -> nn.Module:
@@ -67,11 +53,6 @@ def _pruned(request: Request) -> nn.Module:
     if not any(options.get(kind) is not None for kind in KINDS):
         budgets = ", ".join(f"{kind}=" for kind in KINDS)
         raise CompressError(f"{request.name}: expected one of {budgets} (how much to keep) or variant= (a stored record), found none")
-    model = request.base_model()
-    if request.pretrained:
-        tag = request.options.get("base_tag")
-        source = f"{request.base}.{tag}" if tag else request.base
-        _logger.warning("%s: pruned from the weights of %s and not fine-tuned; train it before use.", request.name, source)
-    else:
+    if not request.pretrained:
         options.setdefault("scope", "local")
-    return prune(model, **options)
+    return prune(request.base_model("pruned from the weights of %s and not fine-tuned"), **options)

@@ -12,13 +12,14 @@ from timm.models import PretrainedCfg, _registry, generate_default_cfgs, list_mo
 from torch import nn
 
 from ..zoo import index
-from . import netaug, pruned, slim
+from . import exits, netaug, pruned, slim
 from .remote import CONFIG
 
 KINDS: dict[str, ModuleType] = {
     "pruned": pruned,
     "slim": slim,
     "netaug": netaug,
+    "exits": exits,
 }
 """Kind → module whose `create(base, **kwargs)` makes such a model of a timm architecture. A kind is one line here."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -14,12 +15,17 @@ from torch import Tensor, nn
 
 from ..errors import CompressError, VariantError
 from ..structure.variant import OPTIONS, Variant
+from ..surgery.exits import attach_
+from ..surgery.origin import origin
 from ..surgery.restore import check, present, restore_
+from ..surgery.rows import Boundary
 from ..zoo import index
 from . import weights
 from .allowance import allowance
 from .builder import Built, build
 from .skip_init import skip_init
+
+_logger = logging.getLogger(__name__)
 
 State = dict[str, Tensor]
 
@@ -85,8 +91,11 @@ class Request:
                 raise CompressError(f"{self.name}: expected {', '.join(f'{name}=' for name in expected)}, found {key}=")
         return found
 
-    def base_model(self) -> nn.Module:
+    def base_model(self, warning: str | None = None) -> nn.Module:
         """The base, built as a classifier with the user's arguments, with its own weights if weights are asked for.
+
+        Args:
+            warning: What to say of a model made of these weights, with %s where they are named.
 
         Raises:
             CompressError: If timm has none.
@@ -94,12 +103,27 @@ class Request:
         tag = self.options.get("base_tag")
         if self.pretrained:
             _check_pretrained(self.base, tag, self.overlay)
+            if warning is not None:
+                _logger.warning(f"%s: {warning}; train it before use.", self.name, f"{self.base}.{tag}" if tag else self.base)
         own = {key: value for key, value in self.args.items() if not key.startswith("feature") and key != "out_indices"}
         model = model_entrypoint(self.base)(
             pretrained=self.pretrained, pretrained_cfg=tag, pretrained_cfg_overlay=self.overlay, cache_dir=self.cache_dir, **own
         )
         model._model_args = {key: value for key, value in own.items() if key not in ("device", "dtype")}
         return model
+
+    def rebuild(self, made: nn.Module) -> nn.Module:
+        """A model that was compressed here, as timm's factory would create it again: as features, if those are asked for."""
+        source = origin(made)
+        assert source is not None
+        assert source.previous is not None
+        variant, state = source.previous, made.state_dict()
+
+        def copy(built: Built) -> None:
+            built.model.load_state_dict({key: state[key] for key in built.model.state_dict()})
+
+        cfg, args = PretrainedCfg(**made.pretrained_cfg), {**variant.base_args, **self.args}  # type: ignore[arg-type]
+        return restored(variant, cfg, copy, variant.base_args, args, getattr(made, "boundaries", None))
 
     def restore(self, variant: Variant) -> tuple[nn.Module, State]:
         """The model of a record, with its weights if weights are asked for, and those of them that are no base model's."""
@@ -220,7 +244,12 @@ def _resolve(name: str, cfg: str | dict[str, Any] | PretrainedCfg | None, overla
 
 
 def restored(
-    variant: Variant, cfg: PretrainedCfg, load: Callable[[Built], None], source_args: dict[str, Any], args: dict[str, Any]
+    variant: Variant,
+    cfg: PretrainedCfg,
+    load: Callable[[Built], None],
+    source_args: dict[str, Any],
+    args: dict[str, Any],
+    boundaries: tuple[Boundary, ...] | None = None,
 ) -> nn.Module:
     """The model of a record, or the base's own feature extractor around it.
 
@@ -230,14 +259,18 @@ def restored(
         load: Fills in its weights.
         source_args: The arguments the recorded model was built with.
         args: Those for the entrypoint of the base now.
+        boundaries: Of its early exits, if they are known already.
     """
     entrypoint = model_entrypoint(variant.base)
 
     def between(built: Built) -> None:
+        if variant.exits and not args.get("features_only"):
+            attach_(built.model, variant.exits, boundaries)
         fitting = present(built.model, variant)
         if fitting != variant:
             # The model was asked for without its classifier, or as features. The record must still fit what it was made of.
-            check(entrypoint(pretrained=False, **source_args), variant)
+            whole = entrypoint(pretrained=False, **source_args)
+            check(attach_(whole, variant.exits) if variant.exits else whole, variant)
         restore_(built.model, fitting)
         load(built)
 

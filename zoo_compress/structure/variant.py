@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints,
 from ..errors import VariantError
 from . import terms
 from .bank import Bank
+from .exits import Exits
 from .layout import Layout, parse
 from .stored import MAX_ENTRIES, AxisName, Name, Path, Size, TermText
 
@@ -19,7 +20,7 @@ VERSION: Literal[1] = 1
 
 OPTIONS = frozenset(
     {"variant", "keep", "macs", "params", "latency", "criterion", "scope", "round_to", "min_keep", "exclude", "seed", "base_tag"}
-    | {"batch_size", "threads", "widths", "universal", "r", "s"}
+    | {"batch_size", "threads", "widths", "universal", "r", "s", "exits"}
 )
 """Arguments of the plugin's entrypoints that say how to compress; never arguments of a base."""
 
@@ -50,6 +51,7 @@ class Variant(BaseModel):
         attributes: `module.path.attr` (`attr[i]`, `attr[i].key`) → term whose size it holds.
         scales: `module.path.attr` → term `t` of a float attribute that holds size(t) ** -0.5.
         bank: What runs at many widths, in a network that does.
+        exits: Early exits; their heads are part of what `params` describes.
         provenance: Recipe, seed, versions, hash of the parent checkpoint, … as JSON scalars.
     """
 
@@ -64,6 +66,7 @@ class Variant(BaseModel):
     attributes: dict[Path, TermText] = Field(default={}, max_length=MAX_ENTRIES)
     scales: dict[Path, TermText] = Field(default={}, max_length=MAX_ENTRIES)
     bank: Bank | None = None
+    exits: Exits | None = None
     provenance: dict[Name, Scalar] = Field(default={}, max_length=256)
 
     @field_validator("base_args")
@@ -119,8 +122,8 @@ class Variant(BaseModel):
         return tuple(n if term is None else self.size(term) for term, n in zip(self.params[name], base, strict=True))
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as JSON values, for `config.json`."""
-        return self.model_dump(mode="json", exclude={"bank"} if self.bank is None else None)
+        """The record as JSON values, for `config.json`. It says nothing of exits or a bank where there is none."""
+        return self.model_dump(mode="json", exclude={name for name in ("bank", "exits") if getattr(self, name) is None})
 
     @classmethod
     def from_dict(cls, obj: object) -> Variant:
@@ -221,6 +224,7 @@ def record(
             "attributes": single(layout.attributes, previous.attributes if previous else {}),
             "scales": single(layout.scales, previous.scales if previous else {}),
             "bank": None if bank is None else bank.model_dump(),
+            "exits": previous.exits.model_dump(mode="json") if previous and previous.exits else None,
             "provenance": dict(provenance or {}),
         }
     )

@@ -6,10 +6,13 @@ import copy
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from timm.models import FeatureInfo
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 Step = str | int
 
@@ -136,6 +139,16 @@ def clear_caches(model: nn.Module) -> None:
         module.training = training
 
 
+def every_output(model: nn.Module) -> AbstractContextManager[Any]:
+    """Within, the model computes everything it can, in eval mode too.
+
+    A model with parts that only some calls need (heads of early exits) offers a method of this name that returns such a context; all its
+    outputs then come back in a list. Other models always compute everything.
+    """
+    own = getattr(model, "every_output", None)
+    return own() if callable(own) else nullcontext()
+
+
 def copied_dictionaries(model: nn.Module) -> dict[int, Any]:
     """A memo for `copy.deepcopy(model, memo)` with copies of the empty dictionaries of its modules.
 
@@ -143,6 +156,18 @@ def copied_dictionaries(model: nn.Module) -> dict[int, Any]:
     """
     values = (value for module in model.modules() for value in vars(module).values())
     return {id(value): type(value)() for value in values if type(value) in (dict, OrderedDict) and not value}
+
+
+def copy_without_data(model: nn.Module) -> nn.Module:
+    """A copy whose tensors have shapes and no data."""
+    memo = copied_dictionaries(model)
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers, vars(module)):
+            for tensor in tree_leaves([value for value in tensors.values() if value is not module._modules and id(value) not in memo]):
+                if isinstance(tensor, torch.Tensor) and id(tensor) not in memo:
+                    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+                    memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(model, memo)
 
 
 def _locate(model: nn.Module, path: str) -> tuple[nn.Module, list[Step]]:

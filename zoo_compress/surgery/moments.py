@@ -24,6 +24,7 @@ from ..structure import terms
 from ..structure.layout import Layout, parse
 from .divergence import gives_logits, own_loss
 from .images import fitting
+from .modules import every_output
 from .tracer import MODEL_ERRORS, named_tensors
 
 ROWS = 2**15
@@ -115,7 +116,7 @@ def gather(
         # The graph hangs on the image: no gradient of a parameter is computed or kept.
         image = fitting(model, chunk).detach().clone().requires_grad_(sensitivity)
         try:
-            with torch.set_grad_enabled(sensitivity), watch.batch(len(image)):
+            with torch.set_grad_enabled(sensitivity), watch.batch(len(image)), every_output(model):
                 output = model(image)
         except MODEL_ERRORS as error:
             raise CompressError(f"data: expected batches of images that {type(model).__name__} takes: {error}") from error

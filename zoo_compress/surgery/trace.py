@@ -7,7 +7,7 @@ import gc
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -27,7 +27,7 @@ from .elastic import Elastic
 from .finish import finish
 from .functions import FUNCTIONS
 from .kernels import Kernels
-from .modules import copied_dictionaries
+from .modules import copy_without_data, every_output
 from .rules import COSTLY, RULES, elementwise
 from .sizes import equalities
 from .tracer import MODEL_ERRORS, Tracer, named_tensors
@@ -104,10 +104,10 @@ def empty_input(model: nn.Module, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def _analyze(model: nn.Module, example: torch.Tensor, device: str) -> Layout:
-    tracer, dims, attributes = _run(model, example, device)
+    tracer, dims, attributes = run_traced(model, example, device)
     if tracer.shared_costs:
         # Some of these are paid once a batch, others by every sample: with one sample more only the latter grow. A sample alone pays both.
-        more, _, _ = _run(model, example.new_empty((len(example) + 1, *example.shape[1:])), device)
+        more, _, _ = run_traced(model, example.new_empty((len(example) + 1, *example.shape[1:])), device)
         if len(more.shared_costs) == len(tracer.shared_costs):
             both = zip(tracer.shared_costs, more.shared_costs, strict=True)
             once = [term for term, twin in both if u.size_of(term) == u.size_of(twin)]
@@ -115,10 +115,16 @@ def _analyze(model: nn.Module, example: torch.Tensor, device: str) -> Layout:
     return finish(model, tracer, dims, attributes, input_shape=tuple(map(int, example.shape)))
 
 
-def _run(model: nn.Module, example: torch.Tensor, device: str) -> tuple[Tracer, dict[str, list[Term]], metadata.Attributes]:
+Watch = Callable[[Tracer, nn.Module, torch.Tensor], AbstractContextManager[Any]]
+"""What else to look at while a copy of a model runs on an image."""
+
+
+def run_traced(
+    model: nn.Module, example: torch.Tensor, device: str, watch: Watch | None = None
+) -> tuple[Tracer, dict[str, list[Term]], metadata.Attributes]:
     """Run a copy of a model and infer the terms of its tensors' dimensions and of its attributes."""
     tracer = Tracer()
-    clone = _copy_without_data(model) if device == "meta" else copy.deepcopy(model)
+    clone = copy_without_data(model) if device == "meta" else copy.deepcopy(model)
     # Modules that keep tensors between calls in eval mode forget them when they are put into training mode.
     clone.train().eval()
     tensors = dict(named_tensors(clone))
@@ -135,7 +141,8 @@ def _run(model: nn.Module, example: torch.Tensor, device: str) -> tuple[Tracer, 
     with _traced(tracer, clone), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         spy = metadata.Spy(tracer, clone, attributes)
-        output = clone(image)
+        with watch(tracer, clone, image) if watch else nullcontext(), every_output(clone):
+            output = clone(image)
         after = dict(named_tensors(clone))
         spy.finish(dims, image)
     headless = getattr(model, "num_classes", None) == 0
@@ -169,18 +176,6 @@ def _image_terms(image: torch.Tensor) -> list[Term]:
         channels.frozen = "image channels"
         terms[1] = channels
     return terms
-
-
-def _copy_without_data(model: nn.Module) -> nn.Module:
-    """A copy whose tensors have shapes and no data."""
-    memo = copied_dictionaries(model)
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers, vars(module)):
-            for tensor in tree_leaves([value for value in tensors.values() if value is not module._modules and id(value) not in memo]):
-                if isinstance(tensor, torch.Tensor) and id(tensor) not in memo:
-                    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-                    memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(model, memo)
 
 
 @contextmanager

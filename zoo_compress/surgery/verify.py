@@ -18,7 +18,7 @@ from ..structure.layout import Layout, Widths, parse
 from ..structure.widths import groups
 from .calibrate import estimate
 from .images import fitting
-from .modules import clear_caches
+from .modules import clear_caches, every_output
 from .resize import check_fits, permuted_copy, picks, resize
 from .trace import analyze, default_input
 from .tracer import MODEL_ERRORS, named_tensors
@@ -119,7 +119,7 @@ def _subject(model: nn.Module, shape: tuple[int, ...], seed: int, *, double: boo
     image = torch.randn(shape, generator=generator)
     subject = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     clear_caches(subject)
-    _randomise(subject, generator)
+    randomise_(subject, generator)
     parameter = next((p for p in subject.parameters() if p.is_floating_point()), None)
     if double:
         _settle(subject, generator, shape)
@@ -133,7 +133,8 @@ def _subject(model: nn.Module, shape: tuple[int, ...], seed: int, *, double: boo
     return subject, image, _run(subject, image)
 
 
-def _randomise(model: nn.Module, generator: torch.Generator) -> None:
+def randomise_(model: nn.Module, generator: torch.Generator) -> None:
+    """Give every parameter and statistic of a model in place random values at which nothing cancels, vanishes or explodes."""
     for _, tensor in named_tensors(model):
         if not tensor.is_floating_point() or tensor.numel() == 0:
             continue
@@ -163,7 +164,7 @@ def _settle(model: nn.Module, generator: torch.Generator, shape: tuple[int, ...]
 
 
 def _run(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
+    with torch.no_grad(), every_output(model):
         return flat(model(image))
 
 
@@ -226,7 +227,9 @@ def _resize_proof(model: nn.Module, layout: Layout, widths: Mapping[str, np.ndar
         raise VerificationError(f"resize proof: the layout computes {computed:,} parameters, the shrunk model has {counted:,}")
     shrunk.requires_grad_(True)
     try:
-        flat(shrunk(image)).float().sum().backward()
+        with every_output(shrunk):
+            output = shrunk(image)
+        flat(output).float().sum().backward()
     except MODEL_ERRORS as error:
         raise VerificationError(f"resize proof: the shrunk model does not run: {error}") from error
     return check_runs(shrunk, layout, widths, image)

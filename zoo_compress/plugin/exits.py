@@ -1,0 +1,47 @@
+"""`<arch>__exits`: a timm architecture with early exits, from a stored record or attached on the spot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..errors import CompressError
+from .request import Request, answer
+
+__all__ = ["create"]
+
+OPTIONS = ("exits",)
+"""Arguments of `zoo_compress.add_exits`."""
+
+
+def create(base: str, **kwargs: Any) -> nn.Module:
+    """Create a model with early exits; what the entrypoint of `<base>__exits` does.
+
+    Args:
+        base: timm architecture.
+        **kwargs: timm's factory arguments and the base's own, as for `<base>__pruned`, and either
+
+            - `variant`: a record, as config.json holds it. With `pretrained=True` weights come from where the cfg points to; or
+            - `exits`: how many, or where; see `zoo_compress.add_exits`. With `pretrained=True` the trunk has the base's weights
+              (`base_tag` chooses which) and the heads have random ones.
+
+    Returns:
+        The model, or the base's own feature extractor, which has no exits.
+
+    Raises:
+        CompressError: Whatever goes wrong, with its cause.
+    """
+    return answer(_create, base, "exits", **kwargs)
+
+
+def _create(request: Request) -> nn.Module:
+    from ..methods.exits import add_exits
+
+    variant = request.stored()
+    if variant is not None:
+        return request.restore(variant)[0]
+    wanted = request.chosen(OPTIONS).get("exits")
+    if wanted is None:
+        raise CompressError(f"{request.name}: expected exits= (how many, or where) or variant= (a stored record), found none")
+    return request.rebuild(add_exits(request.base_model("weights of %s, with exits that are not trained"), wanted))

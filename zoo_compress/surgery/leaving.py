@@ -1,0 +1,218 @@
+"""What happens at an early exit: heads, confidence, who leaves, and the visitors that follow a forward pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..errors import CompressError
+from ..structure.exits import Exit
+from .rows import Boundary, Stop, Visitor, select
+
+
+class Head(nn.Module):
+    """Classifier of an early exit: pooling, LayerNorm, linear. Without classes, the normalised features.
+
+    Args:
+        exit: What it reads.
+        num_classes: 0 for features.
+    """
+
+    def __init__(self, exit: Exit, num_classes: int) -> None:
+        super().__init__()
+        self.format, self.pool = exit.format, exit.pool
+        self.norm = nn.LayerNorm(exit.features)
+        self.fc: nn.Module = nn.Linear(exit.features, num_classes) if num_classes else nn.Identity()
+
+    def pooled(self, x: torch.Tensor) -> torch.Tensor:
+        """Features of each sample, (batch, features), of a tensor in the exit's format."""
+        if self.pool == "first":
+            return x[:, 0].clone()  # later modules may change what they are given
+        positions = [d for d, letter in enumerate(self.format) if letter not in "NC"]
+        return x.mean(positions) if positions else x.clone()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits (batch, classes) of a tensor in the exit's format."""
+        return self.fc(self.norm(self.pooled(x)))
+
+    def reset(self, num_classes: int) -> None:
+        """Make a new classifier, as the model does when it gets a new one."""
+        features = self.norm.normalized_shape[0]
+        fc = nn.Linear(features, num_classes) if num_classes else nn.Identity()
+        self.fc = fc.to(self.norm.weight.device, self.norm.weight.dtype)
+
+
+def max_softmax(logits: torch.Tensor) -> torch.Tensor:
+    """Probability of the most probable class, (batch,)."""
+    return logits.softmax(1).amax(1)
+
+
+def entropy(logits: torch.Tensor) -> torch.Tensor:
+    """1 - entropy / log(classes), (batch,): 1 is sure, 0 is uniform."""
+    logs = logits.log_softmax(1)
+    return (1 + (logs.exp() * logs).sum(1) / math.log(max(logits.shape[1], 2))).clamp(0, 1)
+
+
+def margin(logits: torch.Tensor) -> torch.Tensor:
+    """Probability of the most probable class less that of the second, (batch,)."""
+    top = logits.softmax(1).topk(min(2, logits.shape[1]), 1).values
+    return top[:, 0] - top[:, -1] if logits.shape[1] > 1 else top[:, 0]
+
+
+MEASURES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"max_softmax": max_softmax, "entropy": entropy, "margin": margin}
+
+
+def thresholds_of(given: Any, count: int) -> tuple[float | None, ...]:
+    """Thresholds as a user gives them: one for all exits, or one each.
+
+    Raises:
+        CompressError: If they are no confidences, or not as many as exits.
+    """
+    single = isinstance(given, (int, float)) and not isinstance(given, bool)
+    values = [given] * count if single else list(given) if isinstance(given, (list, tuple)) else None
+    if values is None or len(values) != count:
+        raise CompressError(f"threshold: expected a number in 0…1, or {count} of them, one an exit, found {given!r}")
+    for value in values:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1):
+            raise CompressError(f"threshold: expected a confidence in 0…1, found {value!r}")
+    return tuple(values)
+
+
+class Decision:
+    """Decides who leaves at an exit."""
+
+    def asks(self, index: int) -> bool:
+        """Whether anybody may leave there, or what is predicted there matters."""
+        raise NotImplementedError
+
+    def leave(self, index: int, logits: torch.Tensor) -> torch.Tensor:
+        """Who leaves, (batch,) of booleans."""
+        raise NotImplementedError
+
+    def keep(self, stay: torch.Tensor) -> None:
+        """Only these samples are still there."""
+
+
+class Threshold(Decision):
+    def __init__(self, thresholds: Sequence[float | None], confidence: str) -> None:
+        self.thresholds, self.measure = thresholds, MEASURES[confidence]
+
+    def asks(self, index: int) -> bool:
+        return self.thresholds[index] is not None
+
+    def leave(self, index: int, logits: torch.Tensor) -> torch.Tensor:
+        return self.measure(logits.float()) >= self.thresholds[index]  # type: ignore[operator]
+
+
+class Patience(Decision):
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+        self.latest = self.streak = torch.empty(0)
+
+    def asks(self, index: int) -> bool:
+        return True
+
+    def leave(self, index: int, logits: torch.Tensor) -> torch.Tensor:
+        predicted = logits.argmax(1)
+        one = torch.ones_like(predicted)
+        self.streak = torch.where(predicted == self.latest, self.streak + 1, one) if index else one
+        self.latest = predicted
+        return self.streak >= self.patience
+
+    def keep(self, stay: torch.Tensor) -> None:
+        self.latest, self.streak = self.latest[stay], self.streak[stay]
+
+
+class Every(Visitor):
+    """Pools what every exit reads. Norms and classifiers run afterwards: blocks may be run again in the backward pass, without this."""
+
+    def __init__(self, heads: nn.ModuleList, places: Sequence[Exit]) -> None:
+        self.heads, self.places = heads, places
+        self.pooled: dict[int, torch.Tensor] = {}
+
+    def at(self, index: int, output: Any) -> None:
+        head: Any = self.heads[index]
+        self.pooled[index] = head.pooled(_leaf(output, self.places[index].leaf))
+
+    def logits(self) -> list[torch.Tensor]:
+        """Of every exit, when the forward pass is over."""
+        heads: Any = self.heads
+        return [head.fc(head.norm(self.pooled[i])) for i, head in enumerate(heads)]
+
+
+class Until(Visitor):
+    """Stops at one exit, with its logits, or with what it reads where there are no heads."""
+
+    def __init__(self, places: Sequence[Exit], heads: nn.ModuleList | None, exit: int) -> None:
+        self.places, self.heads, self.exit = places, heads, exit
+        self.found: Any = None
+
+    def at(self, index: int, output: Any) -> None:
+        if index == self.exit:
+            x = _leaf(output, self.places[index].leaf)
+            self.found = x if self.heads is None else self.heads[index](x)
+            raise Stop
+
+
+class Spent(Visitor):
+    """Notes what was spent until each exit."""
+
+    def __init__(self, places: Sequence[Exit], counter: FlopCounterMode) -> None:
+        self.counter = counter
+        self.found: list[int] = []
+
+    def at(self, index: int, output: Any) -> None:
+        self.found.append(self.counter.get_total_flops() // 2)
+
+
+class Leaving(Visitor):
+    """Lets samples leave: stores their logits and hands on the others."""
+
+    def __init__(self, heads: nn.ModuleList, places: Sequence[Exit], boundaries: Sequence[Boundary], decide: Any, x: torch.Tensor) -> None:
+        self.heads, self.places, self.boundaries, self.decide = heads, places, boundaries, decide
+        self.samples = len(x)
+        self.logits: Any = None
+        self.left = torch.full((self.samples,), len(heads), device=x.device)
+        self.rows: torch.Tensor | None = None  # of the samples still there; None is all of them
+
+    def at(self, index: int, output: Any) -> Any:
+        if not self.decide.asks(index):
+            return None
+        logits = self.heads[index](_leaf(output, self.places[index].leaf))
+        leave = self.decide.leave(index, logits)
+        leaving = int(leave.count_nonzero())
+        if leaving == 0:
+            return None
+        if leaving == len(leave):
+            self._store(self.rows, logits, index)
+            raise Stop
+        gone, stay = leave.nonzero()[:, 0], leave.logical_not().nonzero()[:, 0]
+        self._store(gone if self.rows is None else self.rows[gone], logits[gone], index)
+        self.rows = stay if self.rows is None else self.rows[stay]
+        self.decide.keep(stay)
+        return select(output, self.boundaries[index], stay)
+
+    def finish(self, logits: torch.Tensor | None) -> None:
+        """The logits of those who stayed to the end; None if nobody did."""
+        if logits is not None:
+            self._store(self.rows, logits, len(self.heads))
+
+    def _store(self, rows: torch.Tensor | None, logits: torch.Tensor, index: int) -> None:
+        if rows is None:
+            self.logits = logits
+            self.left.fill_(index)
+            return
+        if self.logits is None:
+            self.logits = logits.new_empty((self.samples, *logits.shape[1:]))
+        self.logits[rows] = logits
+        self.left[rows] = index
+
+
+def _leaf(output: Any, leaf: int) -> torch.Tensor:
+    return output if isinstance(output, torch.Tensor) else tree_leaves(output)[leaf]

@@ -1,0 +1,235 @@
+"""Proof that rows can leave a batch where a module ends: let them, and see whether the model still runs and gives the same."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from ..errors import AnalysisError
+from .kernels import Kernels
+from .modules import copy_without_data
+from .rows import Alive, Boundary, Carrier, Visitor, calls, leaves_of, run, select, set_taps
+from .tracer import MODEL_ERRORS
+from .verify import randomise_
+
+TOLERANCE = 1e-3
+"""Relative difference (L2) of a sample's logits in a smaller batch that rounding may cause."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """That rows can leave at some places of a model.
+
+    Attributes:
+        boundaries: How, for each place.
+        shapes: Shape of every leaf of each place's output, without the first dimension.
+        output: Shape of the model's output, without the first dimension.
+    """
+
+    boundaries: tuple[Boundary, ...]
+    shapes: tuple[list[tuple[int, ...]], ...]
+    output: tuple[int, ...]
+
+
+class Trial:
+    """Tries where rows can leave a model's batch.
+
+    A copy without data runs on a batch that gets smaller at each place. Batch sizes are primes that divide no other size: whatever still
+    has an earlier batch size, or was told it, then meets a tensor it does not fit, and the run ends in an error, which no broadcasting can
+    hide. A second run leaves a single sample. Where rows of other tensors than the module's own output have to go, or samples have several
+    rows, a run on random weights must also give the logits that the samples get in the whole batch.
+
+    Args:
+        model: The model.
+        example: A batch; only its shape, without the first dimension, and dtype are used.
+        values: Whether to compare values too, where shapes alone don't tell.
+    """
+
+    def __init__(self, model: nn.Module, example: torch.Tensor, *, values: bool = True) -> None:
+        self.model, self.example, self.values = model, example, values
+        self._copies: dict[str, nn.Module] = {}
+        self._kernels = Kernels()
+        self._alone: dict[str, bool | AnalysisError] = {}
+
+    def prove(self, places: Sequence[str]) -> Proof:
+        """Prove that rows can leave at all of these places, in one forward pass.
+
+        Args:
+            places: Names of modules, in the order they run.
+
+        Raises:
+            AnalysisError: If they cannot, with the reason.
+        """
+        try:
+            return self._prove(places, [False] * len(places))
+        except AnalysisError:
+            return self._prove(places, [self.beside(place) for place in places])
+
+    def beside(self, place: str) -> bool:
+        """Whether rows of more than a module's output have to go with those that leave there.
+
+        Raises:
+            AnalysisError: If rows cannot leave there at all.
+        """
+        if place not in self._alone:
+            self._alone[place] = self._try_alone(place)
+        found = self._alone[place]
+        if isinstance(found, AnalysisError):
+            raise found
+        return found
+
+    def _try_alone(self, place: str) -> bool | AnalysisError:
+        for beside in (False, True):
+            try:
+                self._prove([place], [beside])
+                return beside
+            except AnalysisError as error:
+                failure = error
+        return failure
+
+    def _prove(self, places: Sequence[str], beside: Sequence[bool]) -> Proof:
+        failures = []
+        for device, least in (("meta", 101), ("cpu", 11)):  # a model that looks at values needs real tensors
+            try:
+                shrink = _Shrink(_primes(len(places) + 1, least), beside)
+                shape = self._run(device, places, shrink)
+                boundaries = tuple(shrink.boundaries[i] for i in range(len(places)))
+                self._run(device, places, _Shrink([2] + [1] * len(places), beside, boundaries))
+            except AnalysisError:
+                raise
+            except MODEL_ERRORS as error:
+                failures.append(error)
+                if not _needs_data(error):
+                    break
+            else:
+                if self.values and any(b.alive or any(c.rows > 1 for c in b.carriers) for b in boundaries):
+                    self._compare(places, boundaries)
+                return Proof(boundaries, tuple(shrink.shapes[i] for i in range(len(places))), shape)
+        why = f"{type(failures[-1]).__name__}: {' '.join(str(failures[-1]).split())[:200]}"
+        raise AnalysisError(f"with fewer rows from there on, the model fails: {why}") from failures[-1]
+
+    def _run(self, device: str, places: Sequence[str], shrink: _Shrink) -> tuple[int, ...]:
+        if device not in self._copies:
+            self._copies[device] = copy_of(self.model, device)
+        clone = self._copies[device]
+        image = torch.zeros((shrink.sizes[0], *self.example.shape[1:]), dtype=self.example.dtype, device=device)
+        set_taps(clone, places)
+        with self._kernels, torch.no_grad():
+            output = run(clone, shrink, image)
+        if len(shrink.boundaries) < len(places):
+            raise AnalysisError(f"{places[len(shrink.boundaries)]!r} does not run in a forward pass")
+        if not isinstance(output, torch.Tensor) or output.ndim != 2:
+            raise AnalysisError(f"expected a model whose output is (batch, classes), found {_shape(output)}")
+        if output.shape[0] != shrink.sizes[-1]:
+            raise AnalysisError(f"the model gives {output.shape[0]} rows for {shrink.sizes[-1]} samples that stay")
+        return tuple(output.shape[1:])
+
+    def _compare(self, places: Sequence[str], boundaries: Sequence[Boundary]) -> None:
+        """Let one sample, not the first or last, leave at each place, on random weights; the others must get what they get without."""
+        if any(tensor.is_meta for tensor in self.model.parameters()):
+            return  # without weights, shapes are all there is
+        generator = torch.Generator().manual_seed(0)
+        if "values" not in self._copies:
+            self._copies["values"] = copy_of(self.model, "cpu").requires_grad_(False)
+            randomise_(self._copies["values"], generator)
+        clone = self._copies["values"]
+        image = torch.randn((len(places) + 2, *self.example.shape[1:]), generator=generator).to(self.example.dtype)
+        set_taps(clone, places)
+        with torch.no_grad():
+            whole = run(clone, None, image)[[0, -1]]
+            part = run(clone, _LeaveOne(boundaries), image.clone())
+        change = float((part - whole).norm() / whole.norm().clamp_min(1e-30))
+        if not change < TOLERANCE:
+            raise AnalysisError(f"samples that stay after others left get other logits ({change:.2g} relative)")
+
+
+class _LeaveOne(Visitor):
+    """Sends away the second sample at each tap."""
+
+    def __init__(self, boundaries: Sequence[Boundary]) -> None:
+        self.boundaries = boundaries
+
+    def at(self, index: int, output: Any) -> Any:
+        there = len(self.boundaries) + 2 - index
+        return select(output, self.boundaries[index], torch.tensor([0, *range(2, there)]))
+
+
+class _Shrink(Visitor):
+    """Keeps the first rows of a batch at each tap, and finds out what carries the batch there.
+
+    Args:
+        sizes: Samples before the first tap, between taps, and after the last.
+        beside: Also look for what is alive beside a tapped output.
+        known: How to select rows, where that is known already.
+    """
+
+    def __init__(self, sizes: Sequence[int], beside: Sequence[bool], known: Sequence[Boundary] | None = None) -> None:
+        self.sizes, self.beside, self.known = sizes, beside, known
+        self.boundaries: dict[int, Boundary] = {}
+        self.shapes: dict[int, list[tuple[int, ...]]] = {}
+
+    def at(self, index: int, output: Any) -> Any:
+        if index in self.boundaries:
+            raise AnalysisError("it runs more than once in a forward pass")
+        if index != len(self.boundaries):
+            raise AnalysisError("it does not run after the exit before it")
+        now, then = self.sizes[index], self.sizes[index + 1]
+        leaves = tree_leaves(output)
+        found = (
+            self.known[index] if self.known else Boundary(tuple(_carriers(leaves, now)), tuple(_alive(now)) if self.beside[index] else ())
+        )
+        if not any(carrier.rows == 1 for carrier in found.carriers):
+            raise AnalysisError(f"samples are no rows of what it gives ({', '.join(map(_shape, leaves)) or 'nothing'})")
+        self.boundaries[index] = found
+        self.shapes[index] = [tuple(leaf.shape)[1:] if isinstance(leaf, torch.Tensor) else () for leaf in leaves]
+        device = next(leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor))
+        return select(output, found, torch.arange(then, device=device))
+
+
+def _carriers(leaves: Sequence[Any], samples: int) -> Iterator[Carrier]:
+    for i, leaf in enumerate(leaves):
+        size = leaf.shape[0] if isinstance(leaf, torch.Tensor) and leaf.ndim else leaf
+        if type(size) is int and size > 0 and size % samples == 0:
+            yield Carrier(i, size // samples)
+
+
+def _alive(samples: int) -> Iterator[Alive]:
+    for frame, nth in calls():
+        for name, value in frame.f_locals.items():
+            leaves = leaves_of(value) if isinstance(value, (int, torch.Tensor, tuple, list, dict)) else []
+            if type(value) not in (int, tuple, list, torch.Size):  # numbers deeper down have no place to be replaced
+                leaves = [leaf if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
+            yield from (Alive(frame.f_code, nth, name, carrier) for carrier in _carriers(leaves, samples))
+
+
+def _shape(leaf: Any) -> str:
+    return "×".join(map(str, leaf.shape)) if isinstance(leaf, torch.Tensor) else type(leaf).__name__
+
+
+def _needs_data(error: Exception) -> bool:
+    """Whether an error says that a tensor without data was asked for its values."""
+    return isinstance(error, NotImplementedError) or "meta" in str(error).lower()
+
+
+def copy_of(model: nn.Module, device: str) -> nn.Module:
+    """A copy in eval mode without what modules keep between calls; on the meta device, without data."""
+    clone = copy_without_data(model) if device == "meta" else copy.deepcopy(model).to(device)
+    # Modules that keep tensors between calls in eval mode forget them when they are put into training mode.
+    return clone.train().eval()
+
+
+def _primes(count: int, least: int) -> list[int]:
+    """Descending primes, the smallest from `least` on."""
+    found: list[int] = []
+    number = least
+    while len(found) < count:
+        if all(number % d for d in range(2, int(number**0.5) + 1)):
+            found.append(number)
+        number += 2
+    return found[::-1]
