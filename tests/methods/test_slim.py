@@ -1,6 +1,7 @@
 """One bank, many widths: as good as the static models it exports, and as their training together."""
 
 import copy
+import json
 
 import pytest
 import timm
@@ -80,6 +81,30 @@ def test_all_widths_are_in_one_file(universal, tmp_path):
     other = timm.create_model(f"local-dir:{tmp_path / 'net'}", pretrained=True, num_classes=9)
     assert other(images).shape == (4, 9)
     assert other.layout.macs() == zc.analyze(other.export()).macs()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda bank: bank.update(widths=[1.0, 0.5]), "widths that ascend"),
+        (lambda bank: bank.update(widths=[0.5, 1.5]), "bank.widths.1"),
+        (lambda bank: bank["choices"][0]["sizes"].update(c0=10**12), "bank.choices.0.sizes.c0"),
+        (lambda bank: bank["choices"][0]["sizes"].update(c0=10**6), "expected at most"),
+        (lambda bank: bank["choices"][0]["sizes"].pop("c0"), "expected the axes of the bank, found a difference at 'c0'"),
+        (lambda bank: bank["macs_terms"].append(["nowhere 3", 1]), "axis 'nowhere' has no entry in sizes"),
+        (lambda bank: bank["choices"].append(bank["choices"][0]), "each choice of sizes once"),
+        (lambda bank: bank.update(round_to=0), "bank.round_to"),
+    ],
+)
+def test_hostile_records(change, said, tmp_path):
+    net = made(widths=(0.5, 1.0))
+    zc.save(net, tmp_path / "net")
+    path = tmp_path / "net" / "config.json"
+    config = json.loads(path.read_text())
+    change(config["model_args"]["variant"]["bank"])
+    path.write_text(json.dumps(config))
+    with pytest.raises(zc.CompressError, match=said):
+        zc.load(tmp_path / "net")
 
 
 def test_a_step_is_the_sum_of_steps_of_all_widths():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from . import terms
 from .layout import Layout, parse
@@ -39,7 +39,7 @@ class Bank(BaseModel):
     """What runs at many widths.
 
     Attributes:
-        widths: The fractions that the network is meant to run at.
+        widths: The fractions that the network is meant to run at, ascending.
         universal: It runs at any width between the least and the greatest of them; otherwise at these, each with norms of its own.
         round_to: Preferred multiple for sizes, as in pruning.
         ordered: Axes whose order matters.
@@ -62,6 +62,13 @@ class Bank(BaseModel):
     input_shape: Annotated[tuple[Size, ...], Field(strict=False, min_length=1, max_length=8)]
     choices: Annotated[tuple[Choice, ...], Field(strict=False, max_length=MAX_CHOICES)] = ()
 
+    @field_validator("widths")
+    @classmethod
+    def _ascend(cls, widths: tuple[float, ...]) -> tuple[float, ...]:
+        if list(widths) != sorted(set(widths)):
+            raise ValueError(f"expected widths that ascend, found {widths}")
+        return widths
+
     def terms(self) -> Iterator[str]:
         """Every term in the record."""
         for pair in self.links:
@@ -78,6 +85,8 @@ class Bank(BaseModel):
         for name in self.ordered:
             if name not in sizes:
                 raise ValueError(f"bank.ordered: axis {name!r} has no entry in sizes")
+        if any(choice.sizes == other.sizes for i, choice in enumerate(self.choices) for other in self.choices[:i]):
+            raise ValueError("bank.choices: expected each choice of sizes once")
         for i, choice in enumerate(self.choices):
             if choice.sizes.keys() != sizes.keys():
                 name = min(choice.sizes.keys() ^ sizes.keys())
