@@ -91,7 +91,9 @@ def _create(
             raise VariantError(f"variant.base: expected {base!r} for {name}, found a record of {variant.architecture}")
         chosen = {key: value for key, value in options.items() if value != saved.get(key)}
         if chosen:
-            raise CompressError(f"{name}: {', '.join(chosen)} given with a stored variant; load it, then change it with zoo_compress")
+            raise CompressError(
+                f"{name}: {', '.join(chosen)} given with a stored variant; load it, then use zoo_compress.prune or add_exits"
+            )
         load = _from_source(cfg, cache_dir) if pretrained else _keep
         args = {"cache_dir": cache_dir, "pretrained_model_args": saved, **variant.base_args, **kwargs}
         # With other classes or channels than the weights', some parameters keep the values they are built with.
