@@ -92,7 +92,7 @@ def _num_params(name: str) -> float:
 def steps(name: str, tool: str) -> Iterator[tuple[str, str]]:
     """Do what the columns say, one after the other, yielding (column, "yes", "no" or "n/a")."""
     torch.manual_seed(0)
-    model = timm.create_model(name).eval()
+    model = _create(name).eval()
     # Fresh statistics and scales would hide mistakes.
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
@@ -104,6 +104,12 @@ def steps(name: str, tool: str) -> Iterator[tuple[str, str]]:
     with torch.no_grad():
         logits = flat(model(image))
     yield from (_ours if tool == "ours" else _torch_pruning)(model, name, image, logits, tool)
+
+
+def _create(name: str) -> nn.Module:
+    """The architecture, with a classifier where it comes without: the features of a pruned model are fewer, its logits are not."""
+    model = timm.create_model(name)
+    return model if getattr(model, "num_classes", 0) else timm.create_model(name, num_classes=1000)
 
 
 def _ours(model: nn.Module, name: str, image: torch.Tensor, logits: torch.Tensor, tool: str) -> Iterator[tuple[str, str]]:
@@ -137,7 +143,7 @@ def _torch_pruning(model: nn.Module, name: str, image: torch.Tensor, logits: tor
         yield "correct", "yes" if float((found - expected).norm() / expected.norm()) < 1e-4 else "no"
     with tempfile.TemporaryDirectory() as folder:
         torch.save(tp.state_dict(small), f"{folder}/small.pth")
-        again = tp.load_state_dict(timm.create_model(name), torch.load(f"{folder}/small.pth", weights_only=False))
+        again = tp.load_state_dict(_create(name), torch.load(f"{folder}/small.pth", weights_only=False))
         yield "reloaded", _equal(again, small, image)
 
 
