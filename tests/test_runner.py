@@ -15,7 +15,7 @@ from zoo_compress.errors import CompressError, RecipeError
 from zoo_compress.runner import run
 from zoo_compress.training.checkpoint import load_state
 
-RECIPE = """
+START = """
 model:
   name: test_resnet
   args: {{num_classes: 10, in_chans: 1}}
@@ -23,6 +23,10 @@ model:
 data: {{source: digits, batch_size: 256}}
 output: {output}
 stages:
+"""
+RECIPE = (
+    START
+    + """
   - train: {{epochs: 2, lr: 3e-3, ema_decay: 0.9}}
   - prune: {{macs: 0.6, round_to: 4, rounds: 2, reconstruct: true, finetune: {{epochs: 1, lr: 1e-3}}}}
   - finetune: {{epochs: 2, lr: 1e-3, distill: {{}}}}
@@ -30,6 +34,7 @@ stages:
   - save
 measure: {{runs: 3}}
 """
+)
 
 
 def write(folder, output="out", text=RECIPE):
@@ -228,19 +233,15 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
             run(write(tmp_path, text=SHORT))
 
 
-ELASTIC = """
-model:
-  name: test_resnet
-  args: {{num_classes: 10, in_chans: 1}}
-  pretrained_cfg: {{input_size: [1, 8, 8]}}
-data: {{source: digits, batch_size: 256}}
-output: {output}
-stages:
+ELASTIC = (
+    START
+    + """
   - train: {{epochs: 1, lr: 3e-3, method: {{METHOD}}}}
   - evaluate
   - save
 measure: {{runs: 3}}
 """
+)
 
 
 @pytest.mark.parametrize("method", ["slim: {{widths: [0.5, 1.0]}}", "us: {{widths: [0.5, 1.0], calibration_batches: 2}}"])

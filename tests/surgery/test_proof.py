@@ -57,6 +57,16 @@ class FoldedByPosition(Net):
         return self.head((self.b(x).transpose(0, 1).flatten(0, 1) + y).unflatten(0, (8, -1)).mean(0))
 
 
+class FoldedAndFaint(FoldedByPosition):
+    def forward(self, x):
+        return super().forward(x) + 1e5
+
+
+class Blind(Residual):
+    def forward(self, x):
+        return super().forward(x) * 0 + 1
+
+
 class Hidden(Net):
     def forward(self, x):
         self.kept = x * 2
@@ -118,7 +128,14 @@ def test_what_is_alive_is_looked_for_only_where_it_has_to_be(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"), [(OnTheStack, "fails: RuntimeError"), (Hidden, "fails: RuntimeError"), (FoldedByPosition, "get other logits")]
+    ("kind", "said"),
+    [
+        (OnTheStack, "fails: RuntimeError"),
+        (Hidden, "fails: RuntimeError"),
+        (FoldedByPosition, "get other logits"),
+        (FoldedAndFaint, "get other logits"),
+        (Blind, "do not depend on the image"),
+    ],
 )
 def test_refuses_where_rows_cannot_leave(kind, said):
     with pytest.raises(AnalysisError, match=said):
