@@ -17,8 +17,10 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from ..errors import CompressError, VariantError
+from ..structure.packed import Packing
 from ..structure.variant import OPTIONS, Variant
 from ..surgery.elastic import Elastic
+from ..surgery.packing import pack_state
 from .weights import CONFIG, DIGEST, WEIGHTS, digest
 
 
@@ -46,7 +48,7 @@ def save(model: nn.Module, directory: str | Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as scratch:
             weights, config = Path(scratch, WEIGHTS), Path(scratch, CONFIG)
-            save_file(_tensors(model), weights, metadata={"format": "pt"})
+            save_file(pack_state(_tensors(model), _packed(model)), weights, metadata={"format": "pt"})
             config.write_text(_config(model, digest(weights), config), encoding="utf-8")
             if "variant" in getattr(model, "_model_args", {}):
                 _check_loads(Path(scratch))
@@ -139,6 +141,11 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
         storages.add(tensor.untyped_storage().data_ptr())
         tensors[name] = tensor
     return tensors
+
+
+def _packed(model: nn.Module) -> Mapping[str, Packing]:
+    record = getattr(model, "_model_args", {}).get("variant")
+    return {} if record is None else Variant.from_dict(record).packed
 
 
 def _config(model: nn.Module, weights_digest: str, scratch: Path) -> str:

@@ -17,6 +17,7 @@ from ..errors import CompressError, VariantError
 from ..structure.variant import OPTIONS, Variant
 from ..surgery.exits import attach_
 from ..surgery.origin import origin
+from ..surgery.packing import unpack_state
 from ..surgery.restore import check, present, restore_
 from ..surgery.rows import Boundary
 from ..zoo import index
@@ -119,8 +120,9 @@ class Request:
         assert source.previous is not None
         variant, state = source.previous, made.state_dict()
 
-        def copy(built: Built) -> None:
+        def copy(built: Built) -> Collection[str]:
             built.model.load_state_dict({key: state[key] for key in built.model.state_dict()})
+            return ()
 
         cfg, args = PretrainedCfg(**made.pretrained_cfg), {**variant.base_args, **self.args}  # type: ignore[arg-type]
         return restored(variant, cfg, copy, variant.base_args, args, getattr(made, "boundaries", None))
@@ -128,11 +130,12 @@ class Request:
     def restore(self, variant: Variant) -> tuple[nn.Module, State]:
         """The model of a record, with its weights if weights are asked for, and those of them that are no base model's."""
         private: State = {}
-        load: Callable[[Built], None] = _keep
+        load: Callable[[Built], Collection[str]] = _keep
         limit: AbstractContextManager = nullcontext()
         if self.pretrained:
             state, where = weights.read(self.cfg, self.cache_dir)
             limit = allowance(state, where)
+            state = unpack_state(state, variant.packed, where)
             if variant.bank is not None:
                 private = {name: state.pop(name) for name in list(state) if name.startswith(PRIVATE)}
             self._check_classes(state, where)
@@ -153,7 +156,7 @@ class Request:
                     f"{where}: tensor '{name}.weight': expected the {self.cfg.num_classes} classes of its config, found {head.shape[0]}"
                 )
 
-    def _load(self, built: Built, state: State, where: str) -> None:
+    def _load(self, built: Built, state: State, where: str) -> Collection[str]:
         other_classes = built.num_classes != self.cfg.num_classes
         other_input = built.in_chans != self.cfg.input_size[0]
         adapted = {
@@ -168,6 +171,7 @@ class Request:
             weights.check(built.model, state, where, strict=strict and not other_classes, adapted=adapted)
 
         built.load(dict(state), fits)
+        return adapted
 
 
 PRIVATE = "private."
@@ -246,7 +250,7 @@ def _resolve(name: str, cfg: str | dict[str, Any] | PretrainedCfg | None, overla
 def restored(
     variant: Variant,
     cfg: PretrainedCfg,
-    load: Callable[[Built], None],
+    load: Callable[[Built], Collection[str]],
     source_args: dict[str, Any],
     args: dict[str, Any],
     boundaries: tuple[Boundary, ...] | None = None,
@@ -256,7 +260,7 @@ def restored(
     Args:
         variant: The record.
         cfg: timm's cfg of the model.
-        load: Fills in its weights.
+        load: Fills in its weights; returns the names of parameters that do not have those the record was written with.
         source_args: The arguments the recorded model was built with.
         args: Those for the entrypoint of the base now.
         boundaries: Of its early exits, if they are known already.
@@ -272,15 +276,18 @@ def restored(
             whole = entrypoint(pretrained=False, **source_args)
             check(attach_(whole, variant.exits) if variant.exits else whole, variant)
         restore_(built.model, fitting)
-        load(built)
+        other.update(load(built))
 
+    other: set[str] = set()
     model = build(entrypoint, replace(cfg, state_dict=None), between, **args)
-    model._model_args = {"variant": variant.to_dict()}  # type: ignore[assignment]
+    packed = {name: packing for name, packing in variant.packed.items() if name not in other}
+    model._model_args = {"variant": variant.model_copy(update={"packed": packed}).to_dict()}  # type: ignore[assignment]
     return model
 
 
-def _keep(built: Built) -> None:
+def _keep(built: Built) -> Collection[str]:
     """Leave the weights as they are: the first of the base's random ones."""
+    return [name for name, _ in built.model.named_parameters()]
 
 
 def _first_conv(model: nn.Module, cfg: PretrainedCfg) -> Any:
