@@ -61,7 +61,7 @@ class DistillConfig(Config):
     """Logit distillation (`timm.task.LogitDistillationTask`).
 
     Attributes:
-        teacher: anything `timm.create_model` takes with pretrained weights; None is the unpruned model.
+        teacher: anything `timm.create_model` takes with pretrained weights; None is the model before the first stage that compressed it.
         temperature: softmax temperature of both models.
         task_loss_weight: weight of the loss on labels; distillation gets the rest.
     """
@@ -119,7 +119,7 @@ class TrainConfig(Config):
 
 
 class FinetuneConfig(TrainConfig):
-    """A training phase after pruning, which may learn from the unpruned model as well."""
+    """A training phase that may learn from another model as well."""
 
     distill: DistillConfig | None = None
 
