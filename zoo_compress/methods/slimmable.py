@@ -18,7 +18,7 @@ from ..structure.layout import Layout
 from ..structure.variant import record
 from ..structure.widths import groups, uniform
 from ..surgery.elastic import Elastic, make_elastic_
-from ..surgery.origin import origin, stamp
+from ..surgery.origin import origin, refuse_packed, stamp
 from ..surgery.resize import check_fits
 from ..surgery.trace import analyze
 
@@ -130,6 +130,7 @@ def slim(
         CompressError: If a width is out of (0, 1], two of them come to the same sizes, or no axis of the model may change.
     """
     chosen = _checked(widths, round_to)
+    refuse_packed(model, "slim")
     layout = analyze(model) if layout is None else layout
     check_fits(model, layout)
     movable = groups(layout)

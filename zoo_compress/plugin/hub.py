@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Mapping
@@ -17,11 +18,12 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from ..errors import CompressError, VariantError
-from ..structure.packed import Packing
 from ..structure.variant import OPTIONS, Variant
 from ..surgery.elastic import Elastic
-from ..surgery.packing import pack_state
+from ..surgery.packing import is_packed, pack_state
 from .weights import CONFIG, DIGEST, WEIGHTS, digest
+
+_logger = logging.getLogger(__name__)
 
 
 def save(model: nn.Module, directory: str | Path) -> None:
@@ -48,7 +50,7 @@ def save(model: nn.Module, directory: str | Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as scratch:
             weights, config = Path(scratch, WEIGHTS), Path(scratch, CONFIG)
-            save_file(pack_state(_tensors(model), _packed(model)), weights, metadata={"format": "pt"})
+            save_file(_packed(model), weights, metadata={"format": "pt"})
             config.write_text(_config(model, digest(weights), config), encoding="utf-8")
             if "variant" in getattr(model, "_model_args", {}):
                 _check_loads(Path(scratch))
@@ -143,9 +145,16 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def _packed(model: nn.Module) -> Mapping[str, Packing]:
+def _packed(model: nn.Module) -> dict[str, Tensor]:
+    """The state as it is stored, with what the model says it keeps of zeros and shared values packed."""
     record = getattr(model, "_model_args", {}).get("variant")
-    return {} if record is None else Variant.from_dict(record).packed
+    packed = {} if record is None else Variant.from_dict(record).packed
+    tensors = _tensors(model)
+    for name in packed.keys() & tensors.keys():
+        if not is_packed(tensors[name], packed[name]):
+            bits = packed[name].bits
+            _logger.warning(f"save: {name} has more than the {2**bits} values of {bits} bits: new, or trained without keeping them")
+    return pack_state(tensors, packed)
 
 
 def _config(model: nn.Module, weights_digest: str, scratch: Path) -> str:

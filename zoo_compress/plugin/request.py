@@ -10,12 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.models import PretrainedCfg, _factory, get_pretrained_cfg, model_entrypoint, resolve_pretrained_cfg
 from torch import Tensor, nn
 
 from ..errors import CompressError, VariantError
 from ..structure.variant import OPTIONS, Variant
 from ..surgery.exits import attach_
+from ..surgery.masks import mask_
 from ..surgery.origin import origin
 from ..surgery.packing import unpack_state
 from ..surgery.restore import check, present, restore_
@@ -120,9 +122,8 @@ class Request:
         assert source.previous is not None
         variant, state = source.previous, made.state_dict()
 
-        def copy(built: Built) -> Collection[str]:
+        def copy(built: Built) -> None:
             built.model.load_state_dict({key: state[key] for key in built.model.state_dict()})
-            return ()
 
         cfg, args = PretrainedCfg(**made.pretrained_cfg), {**variant.base_args, **self.args}  # type: ignore[arg-type]
         return restored(variant, cfg, copy, variant.base_args, args, getattr(made, "boundaries", None))
@@ -130,7 +131,7 @@ class Request:
     def restore(self, variant: Variant) -> tuple[nn.Module, State]:
         """The model of a record, with its weights if weights are asked for, and those of them that are no base model's."""
         private: State = {}
-        load: Callable[[Built], Collection[str]] = _keep
+        load: Callable[[Built], None] = _keep
         limit: AbstractContextManager = nullcontext()
         if self.pretrained:
             state, where = weights.read(self.cfg, self.cache_dir)
@@ -156,7 +157,7 @@ class Request:
                     f"{where}: tensor '{name}.weight': expected the {self.cfg.num_classes} classes of its config, found {head.shape[0]}"
                 )
 
-    def _load(self, built: Built, state: State, where: str) -> Collection[str]:
+    def _load(self, built: Built, state: State, where: str) -> None:
         other_classes = built.num_classes != self.cfg.num_classes
         other_input = built.in_chans != self.cfg.input_size[0]
         adapted = {
@@ -171,7 +172,6 @@ class Request:
             weights.check(built.model, state, where, strict=strict and not other_classes, adapted=adapted)
 
         built.load(dict(state), fits)
-        return adapted
 
 
 PRIVATE = "private."
@@ -250,7 +250,7 @@ def _resolve(name: str, cfg: str | dict[str, Any] | PretrainedCfg | None, overla
 def restored(
     variant: Variant,
     cfg: PretrainedCfg,
-    load: Callable[[Built], Collection[str]],
+    load: Callable[[Built], None],
     source_args: dict[str, Any],
     args: dict[str, Any],
     boundaries: tuple[Boundary, ...] | None = None,
@@ -260,7 +260,7 @@ def restored(
     Args:
         variant: The record.
         cfg: timm's cfg of the model.
-        load: Fills in its weights; returns the names of parameters that do not have those the record was written with.
+        load: Fills in its weights.
         source_args: The arguments the recorded model was built with.
         args: Those for the entrypoint of the base now.
         boundaries: Of its early exits, if they are known already.
@@ -276,18 +276,18 @@ def restored(
             whole = entrypoint(pretrained=False, **source_args)
             check(attach_(whole, variant.exits) if variant.exits else whole, variant)
         restore_(built.model, fitting)
-        other.update(load(built))
+        for name in fitting.packed:  # random weights are whole, even where they begin as zero
+            weight = built.model.get_parameter(name)
+            mask_(weight, torch.ones_like(weight, dtype=torch.bool))
+        load(built)
 
-    other: set[str] = set()
     model = build(entrypoint, replace(cfg, state_dict=None), between, **args)
-    packed = {name: packing for name, packing in variant.packed.items() if name not in other}
-    model._model_args = {"variant": variant.model_copy(update={"packed": packed}).to_dict()}  # type: ignore[assignment]
+    model._model_args = {"variant": variant.to_dict()}  # type: ignore[assignment]
     return model
 
 
-def _keep(built: Built) -> Collection[str]:
+def _keep(built: Built) -> None:
     """Leave the weights as they are: the first of the base's random ones."""
-    return [name for name, _ in built.model.named_parameters()]
 
 
 def _first_conv(model: nn.Module, cfg: PretrainedCfg) -> Any:

@@ -182,5 +182,3 @@ def _alive(scores: Tensor, name: str, within: Mapping[str, Tensor] | None) -> Te
 def _split(flat: Tensor, like: Mapping[str, Tensor]) -> Masks:
     sizes = [tensor.numel() for tensor in like.values()]
     return {name: part.view(like[name].shape) for name, part in zip(like, flat.split(sizes), strict=True)}
-
-

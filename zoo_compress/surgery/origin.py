@@ -96,11 +96,25 @@ def stamp_packed(model: nn.Module, method: str, packed: Mapping[str, Packing]) -
     stamp(model, before.model_copy(update={"method": method, "packed": merged}))
 
 
-def forget_packed(model: nn.Module) -> None:
-    """Make a model, whose weights were all changed, say nothing of zeros and shared values any more."""
+def forget_packed(model: nn.Module, kept: Mapping[str, Packing] | None = None) -> None:
+    """Make a model, whose weights were changed, say nothing of zeros and shared values any more but what is given."""
     source = origin(model)
     if source is not None and source.previous is not None and source.previous.packed:
-        stamp(model, source.previous.model_copy(update={"packed": {}}))
+        stamp(model, source.previous.model_copy(update={"packed": dict(kept or {})}))
+
+
+def refuse_packed(model: nn.Module, what: str) -> None:
+    """Refuse a model whose zeros or shared values would be lost.
+
+    Raises:
+        CompressError: If it has any.
+    """
+    packed = packed_of(model)
+    if packed:
+        raise CompressError(
+            f"{what}: expected a model without removed or shared weights, which would be lost, found some in {next(iter(packed))!r}; "
+            f"sparsify or cluster it afterwards"
+        )
 
 
 def packed_of(model: nn.Module) -> dict[str, Packing]:

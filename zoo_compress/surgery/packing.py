@@ -41,6 +41,28 @@ def unpack_bits(packed: np.ndarray, count: int) -> np.ndarray:
     return np.unpackbits(packed, count=count, bitorder="little").astype(bool)
 
 
+def assignments(tensor: Tensor, packing: Packing) -> Tensor | None:
+    """Which of its values each element of a parameter has: integers of its shape, -1 where it is removed.
+
+    Returns:
+        None if there are more values than its record says. Weights drawn anew (those of a new classifier), or trained as if they were
+        free, are so.
+    """
+    whole = as_integers(tensor.cpu()).flatten().numpy()
+    kept = whole != 0 if packing.mask else np.ones(len(whole), dtype=bool)
+    found = _few(whole[kept], 2 ** (packing.bits or 0))
+    if found is None:
+        return None
+    out = np.full(len(whole), -1, dtype=np.int64)
+    out[kept] = found[1]
+    return torch.from_numpy(out).view(tensor.shape).to(tensor.device)
+
+
+def is_packed(tensor: Tensor, packing: Packing) -> bool:
+    """Whether a parameter has no more values than its record says."""
+    return packing.bits is None or assignments(tensor, packing) is not None
+
+
 def pack(tensor: Tensor, packing: Packing) -> dict[str, Tensor] | None:
     """The parts of a parameter as they are stored; None if nothing is smaller than the parameter itself.
 
@@ -88,15 +110,14 @@ def unpack(parts: Mapping[str, Tensor], packing: Packing, where: str) -> Tensor:
     count = math.prod(shape)
     if len(shape) > 16 or not all(1 <= size <= MAX_SIZE for size in shape):
         raise wrong("shape", f"at most 16 sizes of 1 to {MAX_SIZE}", str(shape)[:80])
-    kept = np.True_
-    left = count
+    kept, left = None, count
     if "mask" in parts:
         mask = part("mask", "bytes")
         if len(mask) != -(-count // 8):
             raise wrong("mask", f"{-(-count // 8)} bytes for {count} elements", len(mask))
-        left = int(np.unpackbits(mask.numpy()).sum())
         kept = unpack_bits(mask.numpy(), count)
-        if int(kept.sum()) != left:
+        left = int(kept.sum())
+        if left != int(np.unpackbits(mask.numpy()).sum()):
             raise wrong("mask", "bits after the last element that are 0", "others")
     if "codebook" not in parts:
         part("mask", "bytes")  # values alone would be the parameter itself
@@ -115,7 +136,7 @@ def unpack(parts: Mapping[str, Tensor], packing: Packing, where: str) -> Tensor:
         if left and int(indices.max()) >= len(codebook):
             raise wrong("indices", f"all below {len(codebook)}, the size of the codebook", int(indices.max()))
         values = codebook[torch.from_numpy(indices.astype(np.int64))]
-    if kept is np.True_:
+    if kept is None:
         return values.reshape(shape)
     tensor = torch.zeros(count, dtype=values.dtype)
     tensor[torch.from_numpy(kept)] = values
@@ -139,8 +160,8 @@ def unpack_state(state: Mapping[str, Tensor], packed: Mapping[str, Packing], whe
     """
     out = dict(state)
     for name, packing in packed.items():
-        parts = {part: out.pop(f"{name}.{part}") for part in PARTS if f"{name}.{part}" in out}
-        if name not in state and parts:
+        parts = {part: out.pop(f"{name}.{part}") for part in PARTS if name not in state and f"{name}.{part}" in out}
+        if parts:
             out[name] = unpack(parts, packing, f"{where}: tensor {name!r}")
     return out
 
@@ -150,13 +171,20 @@ def _bits(values: int) -> int:
     return max(1, (values - 1).bit_length())
 
 
+def _few(whole: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """The distinct values of elements, ascending as integers, and which of them each has; None if there are more than `most`."""
+    if len(np.unique(whole[:4096])) > most:  # sorting them all takes long
+        return None
+    values, indices = np.unique(whole, return_inverse=True)
+    return (values, indices) if len(values) <= most else None
+
+
 def _coded(whole: np.ndarray, dtype: torch.dtype) -> dict[str, Tensor]:
     """Codebook and indices of elements given as integers; empty where there are too many values."""
-    if len(np.unique(whole[:4096])) > 2**MAX_BITS or not len(whole):
+    found = _few(whole, 2**MAX_BITS)
+    if found is None or not len(whole):
         return {}
-    values, indices = np.unique(whole, return_inverse=True)
-    if len(values) > 2**MAX_BITS:
-        return {}
+    values, indices = found
     packed = _pack_indices(indices.astype(np.uint8), _bits(len(values)))
     return {"codebook": torch.from_numpy(values).view(dtype), "indices": torch.from_numpy(packed)}
 

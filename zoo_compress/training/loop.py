@@ -27,6 +27,7 @@ from ..errors import CompressError
 from .checkpoint import load_state, save_state
 from .config import FinetuneConfig, TrainConfig
 from .distributed import Processes
+from .keep import Keeper
 from .task import MethodConfig, MethodTask
 
 
@@ -118,6 +119,8 @@ def fit(
 ) -> list[Epoch]:
     """Train a model in place. The last epoch's weights stay (their average with `ema_decay`): nothing is chosen by its test score.
 
+    Zeros and shared values of a model whose record says that it has them are kept (see `keep`), unless a method trains it in its own way.
+
     Args:
         model: the model, on any device; moved to `processes.device`.
         train: training batches, `(batch, channels, height, width)` and `(batch,)`.
@@ -148,6 +151,8 @@ def fit(
     scheduler = _create_scheduler(optimizer, config, len(train))
     if config.ema_decay is not None:
         task.setup_ema(decay=config.ema_decay, use_warmup=True)
+    # Before anything is loaded: what is kept does not depend on where a run was stopped.
+    keeper = Keeper(model, None if method is None else {}).attach(optimizer)
     history = _resume(state, phase, task, optimizer)
     if processes.distributed:
         task.prepare_distributed(device_ids=None if processes.device.type == "cpu" else [processes.device])
@@ -166,6 +171,8 @@ def fit(
         if isinstance(task, MethodTask):
             reseed(phase.seed, phase.index, epoch)  # all processes look at the same images
             task.prepare_evaluation(_result(task), calibration)
+        if task.has_ema():
+            keeper.restore_(_result(task))
         metrics = evaluate(_result(task), test, processes, f"{label} test" if log else None)
         lr = optimizer.param_groups[0]["lr"]
         history.append(Epoch(train_loss=train_loss, lr=lr, seconds=time.perf_counter() - start, **metrics))
@@ -175,6 +182,7 @@ def fit(
             _save(state, phase, task, optimizer, history)
     if task.has_ema():
         model.load_state_dict(_result(task).state_dict())
+    keeper.remove()
     return history
 
 
