@@ -84,6 +84,7 @@ class TrainConfig(Config):
         decay_epochs: interval (`step`) or length (`wsd`) of the decay; None takes timm's default.
         smoothing: label smoothing.
         clip_grad: gradient norm clipped to this; None leaves gradients alone.
+        channels_last: run the steps with channels last in memory, which is faster for most convolutions; a matter of rounding otherwise.
         ema_decay: decay of the weight average (`ModelEmaV3`, with warm-up) that becomes the result; None keeps the last weights.
     """
 
@@ -100,6 +101,7 @@ class TrainConfig(Config):
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     clip_grad: Positive | None = None
+    channels_last: bool = False
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
 
     @field_validator("opt")
