@@ -24,6 +24,7 @@ import zoo_compress as zc
 from .errors import CompressError, RecipeError
 from .methods.slimmable import Slimmable
 from .plan import PruneRound, Step, budget_of_round, make_plan, milestones, uncompressed
+from .plugin.weights import WEIGHTS
 from .profiling.measure import measure_many
 from .recipe import Recipe, SaveStage, load_recipe
 from .record import RECORD_NAME, Record, Row, StepRecord, machine, read_record, versions, write_record
@@ -311,18 +312,21 @@ def _save_step(run: Run, step: Step) -> Result:
 def _report_step(run: Run, step: Step) -> Result:
     """Evaluate and measure the models of the table, and the saved one as a user would load it."""
     models: dict[str, nn.Module] = {}
+    folders: dict[str, Path] = {}
     for label, made in milestones(run.plan).items():
         models.update(_by_width(label, zc.load(run.folder(made))))
+        folders[label] = run.folder(made)
     saves = [done for done in run.record.steps if done.kind == "save"]
     if saves:
-        models["reloaded"] = timm.create_model(f"local-dir:{run.output / str(saves[-1].metrics['to'])}", pretrained=True)
+        folders["reloaded"] = run.output / str(saves[-1].metrics["to"])
+        models["reloaded"] = timm.create_model(f"local-dir:{folders['reloaded']}", pretrained=True)
     top1 = {label: _evaluated(run, model, label)["top1"] for label, model in models.items()}
     if saves:
         # Training has noted the accuracy of the model it held in memory: an independent witness of what went through the files.
         saved = run.record.step(str(saves[-1].metrics["of"]))
         if "top1" in saved.metrics and saved.metrics["top1"] != top1["reloaded"]:
             raise CompressError(
-                f"{run.output / str(saves[-1].metrics['to'])}: expected top-1 of {saved.metrics['top1']}% as after {saved.name}, "
+                f"{folders['reloaded']}: expected top-1 of {saved.metrics['top1']}% as after {saved.name}, "
                 f"found {top1['reloaded']}% after reloading"
             )
     if not run.processes.primary:
@@ -330,7 +334,8 @@ def _report_step(run: Run, step: Step) -> Result:
     config = run.recipe.measure
     statics = {label: model.export() if isinstance(model, Slimmable) else model for label, model in models.items()}
     costs = measure_many({label: model.cpu() for label, model in statics.items()}, config.batch_size, config.threads, runs=config.runs)
-    rows = tuple(Row(label=label, top1=top1[label], **asdict(cost)) for label, cost in costs.items())
+    sizes = {label: (folder / WEIGHTS).stat().st_size for label, folder in folders.items()}
+    rows = tuple(Row(label=label, top1=top1[label], file_bytes=sizes.get(label), **asdict(cost)) for label, cost in costs.items())
     return Result(table=rows)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..errors import CompressError, VariantError
 from ..structure.variant import OPTIONS, Variant
 from ..surgery.elastic import Elastic
-from ..surgery.packing import is_packed, pack_state
+from ..surgery.packing import assignments, pack_state
 from .weights import CONFIG, DIGEST, WEIGHTS, digest
 
 _logger = logging.getLogger(__name__)
@@ -150,10 +150,11 @@ def _packed(model: nn.Module) -> dict[str, Tensor]:
     record = getattr(model, "_model_args", {}).get("variant")
     packed = {} if record is None else Variant.from_dict(record).packed
     tensors = _tensors(model)
-    for name in packed.keys() & tensors.keys():
-        if not is_packed(tensors[name], packed[name]):
-            bits = packed[name].bits
-            _logger.warning(f"save: {name} has more than the {2**bits} values of {bits} bits: new, or trained without keeping them")
+    for name, packing in packed.items():
+        if name in tensors and packing.bits is not None and assignments(tensors[name], packing) is None:
+            _logger.warning(
+                f"save: {name} has more than the {2**packing.bits} values of {packing.bits} bits: is it new, or trained freely?"
+            )
     return pack_state(tensors, packed)
 
 

@@ -282,8 +282,9 @@ def _results(subject: Subject, about: Mapping[str, Any]) -> str:
 
 def _cells(row: Row, first: Row, about: Mapping[str, Any]) -> list[str]:
     share = "" if row is first else f" ({row.macs / first.macs:.1%})"
-    # The record measures memory, which for one of its models is a file as well: the one that is here.
-    size = f"{about['size']:,}" if row.label == "reloaded" else "–"
+    # Records of earlier versions know memory alone, which for one of their models is a file as well: the one that is here.
+    stored = about["size"] if row.label == "reloaded" else row.file_bytes
+    size = f"{stored:,}" if stored is not None else "–"
     return [
         row.label,
         f"{row.params:,}",

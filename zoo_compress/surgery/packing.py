@@ -58,11 +58,6 @@ def assignments(tensor: Tensor, packing: Packing) -> Tensor | None:
     return torch.from_numpy(out).view(tensor.shape).to(tensor.device)
 
 
-def is_packed(tensor: Tensor, packing: Packing) -> bool:
-    """Whether a parameter has no more values than its record says."""
-    return packing.bits is None or assignments(tensor, packing) is not None
-
-
 def pack(tensor: Tensor, packing: Packing) -> dict[str, Tensor] | None:
     """The parts of a parameter as they are stored; None if nothing is smaller than the parameter itself.
 
