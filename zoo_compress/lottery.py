@@ -181,10 +181,10 @@ class _Lab:
 
     def train(self, model: nn.Module, label: str, config: TrainConfig | None = None, **kwargs: Any) -> tuple[float, ...]:
         """Train a model in place; every training sees the images in the same order. Returns top-1 after each epoch."""
-        loaders = (make(self.source, self.recipe.data, model, self.processes) for make in (train_loader, eval_loader))
         history = fit(
             model,
-            *loaders,
+            train_loader(self.source, self.recipe.data, model, self.processes),
+            eval_loader(self.source, self.recipe.data, model, self.processes),
             config or self.config,
             phase=Phase(label, 1, self.recipe.seed, f"{self.sha256} {label}"),
             processes=self.processes,
@@ -311,7 +311,7 @@ class Curve:
         arm: `ticket`, or the control.
         remaining: fraction of the weights that are left, for each round the arm was trained in.
         mean: top-1 after the last epoch in percent, mean over seeds.
-        spread: its standard deviation, in points; 0 of a single seed.
+        spread: its standard deviation, in points; empty of a single seed.
     """
 
     arm: str
@@ -332,7 +332,7 @@ def curves(studies: Sequence[Study]) -> list[Curve]:
                 arm,
                 tuple(points[0][number].remaining for number in rounds),
                 tuple(statistics.mean(values) for values in top1),
-                tuple(statistics.stdev(values) if len(values) > 1 else 0.0 for values in top1),
+                tuple(statistics.stdev(values) for values in top1 if len(values) > 1),
             )
         )
     return found
@@ -341,11 +341,11 @@ def curves(studies: Sequence[Study]) -> list[Curve]:
 def format_curves(table: Sequence[Curve]) -> str:
     """The curves as a table for people: one line a round, one column an arm."""
     rows = [["weights left", *(curve.arm for curve in table)]]
-    for i, remaining in enumerate(table[0].remaining):
+    for remaining in table[0].remaining:
         cells = [f"{remaining:.2%}"]
         for curve in table:
             at = next((j for j, other in enumerate(curve.remaining) if other == remaining), None)
-            cells.append("–" if at is None else f"{curve.mean[at]:.2f}" + (f" ± {curve.spread[at]:.2f}" if curve.spread[at] else ""))
+            cells.append("–" if at is None else f"{curve.mean[at]:.2f}" + (f" ± {curve.spread[at]:.2f}" if curve.spread else ""))
         rows.append(cells)
     return aligned(rows)
 
@@ -357,7 +357,7 @@ def plot(table: Sequence[Curve], file: str | Path, title: str = "") -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for curve in table:
-        axes.errorbar([100 * x for x in curve.remaining], curve.mean, curve.spread, marker="o", markersize=3, capsize=2, label=curve.arm)
+        axes.errorbar([100 * x for x in curve.remaining], curve.mean, curve.spread or None, marker="o", markersize=3, capsize=2, label=curve.arm)
     axes.set_xscale("log")
     axes.invert_xaxis()
     axes.set(xlabel="weights left, %", ylabel="top-1, %", title=title)
