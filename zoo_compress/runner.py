@@ -100,15 +100,15 @@ def run(path: str | Path, *, fresh: bool = False, seed: int | None = None, log: 
     if seed is not None:
         recipe = recipe.with_seed(seed)
     output = Path(recipe.output).expanduser()
-    report = log or (lambda line: tqdm.write(line, file=sys.stderr))
-    with init_processes(recipe.device) as processes, _deterministic():
+    report = log or say
+    with init_processes(recipe.device) as processes, deterministic():
         log = report if processes.primary else lambda _: None
         record = None if fresh else _earlier(path, recipe, output, processes)
         if record and record.status == "finished":
             log(f"{path}: finished earlier, in {output}; nothing was trained. --fresh starts over.")
             return record
-        model = zc.load(output / record.latest_checkpoint) if record else _create(recipe)
-        source = _open(recipe, model, processes)
+        model = zc.load(output / record.latest_checkpoint) if record else create(recipe)
+        source = open_images(recipe, model, processes)
         if record is None:
             record = Record(
                 recipe=recipe.model_dump(mode="json"),
@@ -124,12 +124,17 @@ def run(path: str | Path, *, fresh: bool = False, seed: int | None = None, log: 
         state = Run(recipe, make_plan(recipe), output, processes, source, record, log)
         # All processes have read the old state here, and none has written.
         processes.barrier()
-        with _locked(output, processes):
+        with locked(output, processes):
             if processes.primary and not record.steps:
                 _clear(output)
             for step in state.plan[len(record.steps) :]:
                 state = replace(state, record=_do(state, step))
     return state.record
+
+
+def say(line: str) -> None:
+    """Write a line to standard error, between progress bars."""
+    tqdm.write(line, file=sys.stderr)
 
 
 def _earlier(path: str | Path, recipe: Recipe, output: Path, processes: Processes) -> Record | None:
@@ -148,7 +153,7 @@ def _earlier(path: str | Path, recipe: Recipe, output: Path, processes: Processe
     return record if record.steps else None
 
 
-def _create(recipe: Recipe) -> nn.Module:
+def create(recipe: Recipe) -> nn.Module:
     """The model a recipe starts from, initialised from the recipe's seed."""
     wanted = recipe.model
     from_scratch = not wanted.pretrained and parse_model_name(wanted.name)[0] is None
@@ -167,7 +172,7 @@ def _create(recipe: Recipe) -> nn.Module:
         raise RecipeError(f"model: timm cannot create {wanted.name!r} with {wanted.args}: {type(error).__name__}: {reason}") from error
 
 
-def _open(recipe: Recipe, model: nn.Module, processes: Processes) -> Source:
+def open_images(recipe: Recipe, model: nn.Module, processes: Processes) -> Source:
     """The images, known to fit the model and to fill a batch."""
     with processes.primary_first():
         source = open_source(recipe.data, getattr(model, "in_chans", 3))
@@ -198,7 +203,7 @@ def _do(run: Run, step: Step) -> Record:
 
 
 def _create_step(run: Run, step: Step) -> Result:
-    return Result(_create(run.recipe))
+    return Result(create(run.recipe))
 
 
 def _fit_step(run: Run, step: Step) -> Result:
@@ -397,7 +402,7 @@ def _clear(output: Path) -> None:
 
 
 @contextmanager
-def _locked(output: Path, processes: Processes) -> Iterator[None]:
+def locked(output: Path, processes: Processes) -> Iterator[None]:
     """Keep other runs out of the folder. The system lets go of the lock however the process ends."""
     if not processes.primary or sys.platform == "win32":
         yield
@@ -414,7 +419,8 @@ def _locked(output: Path, processes: Processes) -> Iterator[None]:
 
 
 @contextmanager
-def _deterministic() -> Iterator[None]:
+def deterministic() -> Iterator[None]:
+    """Let torch take operations that repeat bit by bit, where it has them."""
     before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
