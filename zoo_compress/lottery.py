@@ -357,7 +357,8 @@ def plot(table: Sequence[Curve], file: str | Path, title: str = "") -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for curve in table:
-        axes.errorbar([100 * x for x in curve.remaining], curve.mean, curve.spread or None, marker="o", markersize=3, capsize=2, label=curve.arm)
+        left = [100 * x for x in curve.remaining]
+        axes.errorbar(left, curve.mean, curve.spread or None, marker="o", markersize=3, capsize=2, label=curve.arm)
     axes.set_xscale("log")
     axes.invert_xaxis()
     axes.set(xlabel="weights left, %", ylabel="top-1, %", title=title)

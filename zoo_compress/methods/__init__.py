@@ -2,13 +2,14 @@
 
 from typing import TypeAlias
 
+from .gradual import GradualConfig
 from .netaug import NetAugConfig
 from .reinitialize import ReinitializeConfig
 from .slim import SlimConfig
 from .sparse import SparsifyConfig
 from .us import UsConfig
 
-Trained: TypeAlias = SlimConfig | UsConfig | NetAugConfig
+Trained: TypeAlias = SlimConfig | UsConfig | NetAugConfig | GradualConfig
 """Methods that a training stage of a recipe may name. A method is one file and one entry here."""
 
 Changed: TypeAlias = ReinitializeConfig | SparsifyConfig

@@ -251,7 +251,7 @@ class NetAugTask(MethodTask):
         net.set_base()
         return {**base, "loss": base["loss"] + self.alpha * augmented["loss"], "base_loss": base["loss"], "aug_loss": augmented["loss"]}
 
-    def start_epoch(self, epoch: int, epochs: int, optimizer: torch.optim.Optimizer) -> None:
+    def start_epoch(self, epoch: int, epochs: int, optimizer: torch.optim.Optimizer, steps: int = 1) -> None:
         self.residual = epoch < RESIDUAL_UNTIL * epochs
         if self.sort:
             self.net.sort_(optimizer if self.sort_momentum else None)

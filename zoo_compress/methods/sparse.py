@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from ..errors import CompressError
 from ..structure.packed import Packing
-from ..surgery.masks import Masks, apply_, masks_of
+from ..surgery.masks import Masks, apply_, masks_in_force
 from ..surgery.masks import density as density_of
-from ..surgery.origin import packed_of, stamp_packed
+from ..surgery.origin import stamp_packed
 from ..surgery.patterns import check_pattern, keep_n_of_m, keep_units
 from ..surgery.weights import classifiers, layer_weights
 from ..training.config import Count
@@ -110,7 +110,7 @@ def choose_masks(model: nn.Module, wanted: Sparsity, data: Data | None = None, s
     weights = layer_weights(model, wanted.exclude)
     if wanted.pattern == "channel":
         weights = {name: weight for name, weight in weights.items() if name not in classifiers(model)}
-    masks = _before(model, weights)
+    masks = masks_in_force(model, weights)
     left = density_of(masks)
     if wanted.density is not None and wanted.density >= left:
         raise CompressError(f"density: expected less than the {left:.4g} that is left of the model's weights, found {wanted.density!r}")
@@ -132,13 +132,6 @@ def _chosen(scores: dict[str, Tensor], wanted: Sparsity, masks: Masks, left: flo
         return keep_n_of_m(scores, *blocks, masks)
     assert wanted.density is not None
     return keep_units(scores, left * (wanted.density / left) ** part, wanted.scope, wanted.pattern, masks)
-
-
-def _before(model: nn.Module, weights: Iterable[str]) -> Masks:
-    """What is left of weights: all of them, where the model says nothing of a mask."""
-    packed = packed_of(model)
-    known = {name for name, packing in packed.items() if packing.mask}
-    return {name: mask if name in known else mask.new_ones(mask.shape) for name, mask in masks_of(model, weights).items()}
 
 
 def _fraction(value: object) -> bool:

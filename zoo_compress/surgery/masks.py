@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import CompressError, VariantError
 from ..structure.packed import Packing
+from .origin import packed_of
 from .packing import as_integers, pack_bits, unpack
 from .weights import layer_weights
 
@@ -30,6 +31,12 @@ def masks_of(model: nn.Module, names: Iterable[str] | None = None) -> Masks:
         names: Parameters; None takes all weights of convolutions and linear layers.
     """
     return {name: as_integers(model.get_parameter(name)) != 0 for name in (layer_weights(model) if names is None else names)}
+
+
+def masks_in_force(model: nn.Module, names: Iterable[str]) -> Masks:
+    """What is left of some parameters: all of them, zeros too, where the model says nothing of a mask."""
+    known = {name for name, packing in packed_of(model).items() if packing.mask}
+    return {name: mask if name in known else torch.ones_like(mask) for name, mask in masks_of(model, names).items()}
 
 
 @torch.no_grad()

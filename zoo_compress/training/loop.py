@@ -159,7 +159,7 @@ def fit(
     scheduler = _create_scheduler(optimizer, config, len(train))
     if config.ema_decay is not None:
         task.setup_ema(decay=config.ema_decay, use_warmup=True)
-    # Before anything is loaded: what is kept does not depend on where a run was stopped.
+    # Before anything is loaded: what is kept does not depend on where a run was stopped or starts from.
     keeper = Keeper(model, None if method is None else {}).attach(optimizer)
     marks = Marks(start, snapshot)
     marks.check(config.epochs * len(train))
@@ -176,7 +176,7 @@ def fit(
             train.sampler.set_epoch(shared_seed)
         label = f"{phase.name} {epoch + 1}/{config.epochs}"
         if isinstance(task, MethodTask):
-            task.start_epoch(epoch, config.epochs, optimizer)
+            task.start_epoch(epoch, config.epochs, optimizer, len(train))
         train_loss = _train_epoch(task, train, optimizer, scheduler, config, mix, marks, epoch, phase, processes, label if log else None)
         if not math.isfinite(train_loss):
             raise CompressError(f"{label}: expected a finite training loss, found {train_loss}; lower lr ({config.lr:g}) or set clip_grad")
@@ -195,6 +195,8 @@ def fit(
     if task.has_ema():
         model.load_state_dict(_result(task).state_dict())
     keeper.remove()
+    if isinstance(task, MethodTask):
+        task.end()
     return history
 
 

@@ -127,8 +127,11 @@ class MethodTask(TrainingTask):
         if state:
             self.draws = int(state["draws"])
 
-    def start_epoch(self, epoch: int, epochs: int, optimizer: torch.optim.Optimizer) -> None:
-        """Do what has to be done before the steps of an epoch, `epoch` of `epochs`, the first being 0."""
+    def start_epoch(self, epoch: int, epochs: int, optimizer: torch.optim.Optimizer, steps: int = 1) -> None:
+        """Do what has to be done before the steps of an epoch, `epoch` of `epochs`, the first being 0, each of so many steps."""
+
+    def end(self) -> None:
+        """Let go of network and optimizer after the last step."""
 
     def prepare_evaluation(self, net: Any, images: Iterable[object]) -> None:
         """Make a network, the trained one or its average, ready for evaluation.
