@@ -15,6 +15,7 @@ from typing import Any
 
 import timm
 import torch
+from pydantic import ValidationError
 from timm.models import parse_model_name
 from torch import nn
 from tqdm import tqdm
@@ -28,6 +29,7 @@ from .plugin.weights import WEIGHTS
 from .profiling.measure import measure_many
 from .recipe import Recipe, SaveStage, load_recipe
 from .record import RECORD_NAME, Record, Row, StepRecord, machine, read_record, versions, write_record
+from .sharing.recipe_text import recipe_of
 from .training.config import FinetuneConfig, TrainConfig
 from .training.data import calibration_batches, check_fits, eval_loader, train_loader
 from .training.distributed import Processes, init_processes
@@ -142,7 +144,7 @@ def _earlier(path: str | Path, recipe: Recipe, output: Path, processes: Processe
     record = read_record(output)
     if record is None:
         return None
-    if record.recipe_sha256 != recipe.sha256:
+    if not _is_of(record, recipe):
         raise RecipeError(
             f"{path}: expected the recipe of the run in {output}, found a changed one; use --fresh to start over, or another output"
         )
@@ -151,6 +153,14 @@ def _earlier(path: str | Path, recipe: Recipe, output: Path, processes: Processe
             f"{path}: expected to go on with {record.world_size} processes, found {processes.world_size}; use --fresh to start over"
         )
     return record if record.steps else None
+
+
+def _is_of(record: Record, recipe: Recipe) -> bool:
+    # Not by the hash it has: that of a record from before an option existed lacks the option's default.
+    try:
+        return recipe_of(record.recipe).sha256 == recipe.sha256
+    except (ValidationError, KeyError, TypeError):
+        return False
 
 
 def create(recipe: Recipe) -> nn.Module:
