@@ -4,7 +4,8 @@ Importing the package registers its names with timm: `timm.create_model("resnet1
 """
 
 from .errors import AnalysisError, CompressError, HubError, RecipeError, VariantError, VerificationError, WidthError
-from .methods.exits import ExitsConfig, ExitsTask, add_exits
+from .methods.exiting import add_exits
+from .methods.exits import ExitsConfig, ExitsTask
 from .methods.netaug import netaug
 from .methods.prune import prune
 from .methods.reinitialize import reinitialize

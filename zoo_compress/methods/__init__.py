@@ -2,12 +2,13 @@
 
 from typing import TypeAlias
 
+from .exits import ExitsConfig
 from .netaug import NetAugConfig
 from .reinitialize import ReinitializeConfig
 from .slim import SlimConfig
 from .us import UsConfig
 
-Trained: TypeAlias = SlimConfig | UsConfig | NetAugConfig
+Trained: TypeAlias = SlimConfig | UsConfig | NetAugConfig | ExitsConfig
 """Methods that a training stage of a recipe may name. A method is one file and one entry here."""
 
 Changed: TypeAlias = ReinitializeConfig
