@@ -15,6 +15,7 @@ from zoo_compress.methods.netaug import NetAugConfig
 from zoo_compress.methods.slim import SlimConfig
 from zoo_compress.plan import PruneRound, budget_of_round, make_plan, milestones, uncompressed
 from zoo_compress.recipe import PruneStage, load_recipe
+from zoo_compress.sharing.recipe_text import recipe_of, to_yaml
 
 SHIPPED = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
 
@@ -198,3 +199,11 @@ def test_rounds_are_geometric_and_end_at_the_budget(limit, rounds, name):
 def test_auto_rounds_remove_about_a_tenth_each(limit):
     stage = PruneStage.model_validate({"kind": "prune", "macs": limit, "rounds": "auto", "finetune": {"epochs": 1, "lr": 0.1}})
     assert 0.05 < 1 - limit ** (1 / stage.num_rounds) < 0.15
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_recipe_survives_its_record_and_its_card(path, tmp_path):
+    recipe = load_recipe(path)
+    assert recipe_of(recipe.model_dump(mode="json")) == recipe
+    (tmp_path / "again.yaml").write_text(to_yaml(recipe))
+    assert load_recipe(tmp_path / "again.yaml") == recipe

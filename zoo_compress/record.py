@@ -71,7 +71,8 @@ class Row(Entry):
 
 
 class Record(Entry):
-    """Everything about one run, as `results.json` holds it."""
+    """Everything about one run, as `results.json` holds it. `baselines` are rows like the table's, of the same structure trained from
+    scratch (see `rethink`)."""
 
     format: Literal[1] = 1
     status: Literal["running", "finished"] = "running"
@@ -84,6 +85,7 @@ class Record(Entry):
     started: str
     steps: tuple[StepRecord, ...] = ()
     table: tuple[Row, ...] = ()
+    baselines: tuple[Row, ...] = ()
 
     def step(self, name: str) -> StepRecord:
         """The finished step of that name."""
@@ -163,5 +165,11 @@ def format_table(rows: Sequence[Row]) -> str:
                 f"{row.latency_ms:.2f} ± {row.latency_iqr_ms / 2:.2f}",
             ]
         )
+    return aligned(lines)
+
+
+def aligned(lines: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A table as text: the first `left` columns of cells to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
+    sides = [str.ljust] * left + [str.rjust] * (len(widths) - left)
+    return "\n".join("  ".join(side(cell, width) for side, cell, width in zip(sides, line, widths, strict=True)).rstrip() for line in lines)

@@ -37,6 +37,40 @@ def run(recipe: Path, fresh: bool, seed: int | None) -> None:
         click.echo(format_table(record.table))
 
 
+SEEDS = click.option("--seeds", type=int, multiple=True, default=(0, 1, 2), show_default=True, help="A seed to run with; repeat for more.")
+
+
+@cli.command(
+    epilog=examples(
+        "zoo-compress compare recipes/elastic/fmnist_slim.yaml recipes/elastic/fmnist_alone_50.yaml",
+        "zoo-compress compare RECIPE OTHER --seeds 0 --seeds 1",
+    )
+)
+@click.argument("recipes", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RECIPE...")
+@SEEDS
+def compare(recipes: tuple[Path, ...], seeds: tuple[int, ...]) -> None:
+    """Run recipes with several seeds, or what is left of that, and print their models in one table with mean and spread of accuracy."""
+    from ..compare import compare as run_all
+    from ..compare import format_lines
+
+    click.echo(format_lines(run_all(recipes, seeds)))
+
+
+@cli.command(epilog=examples("zoo-compress rethink recipes/test_byobnet_fmnist_half.yaml", "zoo-compress rethink RECIPE --seeds 0"))
+@click.argument("recipe", type=click.Path(path_type=Path))
+@SEEDS
+def rethink(recipe: Path, seeds: tuple[int, ...]) -> None:
+    """Run RECIPE, then train what it ends with from scratch, and print both with mean and spread of accuracy.
+
+    Scratch-E trains for as many epochs as the recipe trained before it compressed, Scratch-B with as much compute (Liu et al. 2019). Model
+    cards of the runs show both from then on.
+    """
+    from ..compare import format_lines
+    from ..rethink import rethink as run_all
+
+    click.echo(format_lines(run_all(recipe, seeds)))
+
+
 @cli.command(
     epilog=examples(
         "zoo-compress coverage --all",

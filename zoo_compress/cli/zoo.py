@@ -17,15 +17,14 @@ def list_(pattern: str) -> None:
     """List the variants of the zoo: accuracy, MACs, parameters, bytes of weights, and where they are."""
     import zoo_compress as zc
 
+    from ..record import aligned
+
     rows = [["", "data", "top-1", "MACs", "parameters", "bytes", "where"]]
     for v in zc.list_variants(pattern):
         rows.append([v.name, v.dataset, f"{v.top1:.2f}%", f"{v.macs:,}", f"{v.params:,}", f"{v.size:,}", v.source])
     if len(rows) == 1:
         raise CompressError(f"list: no variant's name, nor its base's, matches {pattern!r}")
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for name, data, *numbers, where in rows:
-        cells = [cell.rjust(width) for cell, width in zip(numbers, widths[2:-1], strict=True)]
-        click.echo("  ".join([name.ljust(widths[0]), data.ljust(widths[1]), *cells, where]).rstrip())
+    click.echo(aligned(rows, left=2))
 
 
 @cli.command(

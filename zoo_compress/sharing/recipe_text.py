@@ -17,7 +17,7 @@ def recipe_of(stored: Mapping[str, Any]) -> Recipe:
     Raises:
         pydantic.ValidationError: It is not one that this version reads.
     """
-    stages = [_named(stage) for stage in stored["stages"]]
+    stages = [_named({**stage, "method": _named(stage["method"])} if stage.get("method") else stage) for stage in stored["stages"]]
     return Recipe.model_validate_json(json.dumps({**stored, "stages": stages}))
 
 
@@ -26,10 +26,13 @@ def to_yaml(recipe: Recipe) -> str:
     content = recipe.model_dump(mode="json", exclude_defaults=True)
     stages = []
     for stage, short in zip(recipe.stages, content["stages"], strict=True):
+        method = getattr(stage, "method", None)
+        if method is not None:
+            short["method"] = _named({**short["method"], "kind": method.kind})
         ((kind, body),) = _named({**short, "kind": stage.kind}).items()
         stages.append({kind: body} if body else kind)
     return yaml.safe_dump({**content, "stages": stages}, sort_keys=False, allow_unicode=True, width=120).strip()
 
 
-def _named(stage: Mapping[str, Any]) -> dict[str, Any]:
-    return {stage["kind"]: {key: value for key, value in stage.items() if key != "kind"}}
+def _named(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {config["kind"]: {key: value for key, value in config.items() if key != "kind"}}

@@ -127,7 +127,10 @@ class TrainConfig(Config):
         sched: learning-rate schedule, stepped every update.
         decay_epochs: interval (`step`) or length (`wsd`) of the decay; None takes timm's default.
         smoothing: label smoothing.
+        mixup: alpha of mixup (Zhang et al. 2018): pairs of images and their labels are mixed; 0 does not.
+        cutmix: alpha of CutMix (Yun et al. 2019): a rectangle of another image is pasted; 0 does not. With both, each batch draws one.
         clip_grad: gradient norm clipped to this; None leaves gradients alone.
+        channels_last: run the steps with channels last in memory, which is faster for most convolutions; a matter of rounding otherwise.
         ema_decay: decay of the weight average (`ModelEmaV3`, with warm-up) that becomes the result; None keeps the last weights.
     """
 
@@ -143,7 +146,10 @@ class TrainConfig(Config):
     warmup_lr: Annotated[float, Field(ge=0)] = 1e-6
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
     clip_grad: Positive | None = None
+    channels_last: bool = False
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
 
     @field_validator("opt")

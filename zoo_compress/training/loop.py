@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -135,9 +136,10 @@ def fit(
         What each epoch did, those before a resume included.
 
     Raises:
-        CompressError: the loss is not finite, or distillation is asked for without a teacher.
+        CompressError: the loss is not finite, distillation is asked for without a teacher, or batches to be mixed have no pairs.
     """
     phase, processes = phase or Phase(), processes or Processes()
+    mix = _create_mix(model, train, config)
     model.to(processes.device)
     task = _create_task(model, config, teacher, processes)
     if method is not None:
@@ -160,7 +162,7 @@ def fit(
         label = f"{phase.name} {epoch + 1}/{config.epochs}"
         if isinstance(task, MethodTask):
             task.start_epoch(epoch, config.epochs, optimizer)
-        train_loss = _train_epoch(task, train, optimizer, scheduler, config, epoch * len(train), processes, label if log else None)
+        train_loss = _train_epoch(task, train, optimizer, scheduler, config, mix, epoch * len(train), processes, label if log else None)
         if not math.isfinite(train_loss):
             raise CompressError(f"{label}: expected a finite training loss, found {train_loss}; lower lr ({config.lr:g}) or set clip_grad")
         if isinstance(task, MethodTask):
@@ -179,7 +181,8 @@ def fit(
 
 
 def _create_task(model: nn.Module, config: TrainConfig, teacher: nn.Module | None, processes: Processes) -> TrainingTask:
-    shared: dict[str, Any] = {"criterion_kwargs": {"smoothing": config.smoothing}, "device": processes.device, "verbose": False}
+    criterion = {"smoothing": config.smoothing, "soft_targets": bool(config.mixup or config.cutmix)}
+    shared: dict[str, Any] = {"criterion_kwargs": criterion, "device": processes.device, "verbose": False}
     distill = config.distill if isinstance(config, FinetuneConfig) else None
     if distill is None:
         return ClassificationTask(model, **shared)
@@ -188,6 +191,14 @@ def _create_task(model: nn.Module, config: TrainConfig, teacher: nn.Module | Non
     return LogitDistillationTask(
         model, teacher.to(processes.device), temperature=distill.temperature, task_loss_weight=distill.task_loss_weight, **shared
     )
+
+
+def _create_mix(model: nn.Module, train: DataLoader, config: TrainConfig) -> Mixup | None:
+    if not config.mixup and not config.cutmix:
+        return None
+    if train.batch_size is None or train.batch_size % 2:
+        raise CompressError(f"mixup, cutmix: expected an even number of images in a process's batch, found {train.batch_size}")
+    return Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=int(model.num_classes))  # type: ignore[arg-type]
 
 
 def _create_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, updates_per_epoch: int) -> Scheduler | None:
@@ -211,18 +222,24 @@ def _train_epoch(
     optimizer: torch.optim.Optimizer,
     scheduler: Scheduler | None,
     config: TrainConfig,
+    mix: Mixup | None,
     updates: int,
     processes: Processes,
     progress: str | None,
 ) -> float:
     """One pass over the loader, `updates` optimizer steps after the phase began; returns the mean loss over all processes."""
     task.train()
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    task.to(memory_format=memory_format)
     losses = torch.zeros((), dtype=torch.float64, device=processes.device)
     bar = _bar(loader, progress, processes)
     for batch, (images, target) in enumerate(bar):
         if scheduler is not None:
             scheduler.step_update(updates + batch)
-        loss = task(images.to(processes.device), target.to(processes.device))["loss"]
+        images, target = images.to(processes.device, memory_format=memory_format), target.to(processes.device)
+        if mix is not None:
+            images, target = mix(images, target)
+        loss = task(images, target)["loss"]
         optimizer.zero_grad()
         loss.backward()
         if config.clip_grad is not None:
@@ -232,6 +249,7 @@ def _train_epoch(
         losses += loss.detach()
         if isinstance(bar, tqdm) and batch % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    task.to(memory_format=torch.contiguous_format)  # evaluated as it will be loaded
     if processes.distributed:
         dist.all_reduce(losses)
         for module in (task.get_trainable_module(), task.get_trainable_module(ema=True)):
