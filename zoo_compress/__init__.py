@@ -13,6 +13,7 @@ from .methods.slimmable import slim
 from .methods.subnets import SearchResult, search
 from .plugin import load, save
 from .profiling.measure import Measurement, measure
+from .sharing.gallery import plot_exits
 from .sharing.push import push_to_hub
 from .structure.layout import Axis, Layout
 from .surgery.calibrate import calibrate
@@ -43,6 +44,7 @@ __all__ = [
     "load",
     "measure",
     "netaug",
+    "plot_exits",
     "prune",
     "push_to_hub",
     "reinitialize",
