@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import CompressError, VariantError
 from ..structure.variant import OPTIONS, Variant
+from ..surgery import factors
 from ..surgery.exits import attach_
 from ..surgery.origin import origin
 from ..surgery.restore import check, present, restore_
@@ -264,12 +265,13 @@ def restored(
     entrypoint = model_entrypoint(variant.base)
 
     def between(built: Built) -> None:
+        factors.replace_(built.model, factors.present(built.model, variant.factors))
         if variant.exits and not args.get("features_only"):
             attach_(built.model, variant.exits, boundaries)
         fitting = present(built.model, variant)
         if fitting != variant:
             # The model was asked for without its classifier, or as features. The record must still fit what it was made of.
-            whole = entrypoint(pretrained=False, **source_args)
+            whole = factors.replace_(entrypoint(pretrained=False, **source_args), variant.factors)
             check(attach_(whole, variant.exits) if variant.exits else whole, variant)
         restore_(built.model, fitting)
         load(built)

@@ -13,6 +13,7 @@ from ..errors import VariantError
 from . import terms
 from .bank import Bank
 from .exits import Exits
+from .factors import Factor
 from .layout import Layout, parse
 from .stored import MAX_ENTRIES, AxisName, Name, Path, Size, TermText
 
@@ -20,7 +21,7 @@ VERSION: Literal[1] = 1
 
 OPTIONS = frozenset(
     {"variant", "keep", "macs", "params", "latency", "criterion", "scope", "round_to", "min_keep", "exclude", "seed", "base_tag"}
-    | {"batch_size", "threads", "widths", "universal", "r", "s", "exits"}
+    | {"batch_size", "threads", "widths", "universal", "r", "s", "exits", "energy", "scheme", "multiplier"}
 )
 """Arguments of the plugin's entrypoints that say how to compress; never arguments of a base."""
 
@@ -52,6 +53,7 @@ class Variant(BaseModel):
         scales: `module.path.attr` → term `t` of a float attribute that holds size(t) ** -0.5.
         bank: What runs at many widths, in a network that does.
         exits: Early exits; their heads are part of what `params` describes.
+        factors: Path of a layer of the base → the two that take its place, which `params` describes then.
         provenance: Recipe, seed, versions, hash of the parent checkpoint, … as JSON scalars.
     """
 
@@ -67,6 +69,7 @@ class Variant(BaseModel):
     scales: dict[Path, TermText] = Field(default={}, max_length=MAX_ENTRIES)
     bank: Bank | None = None
     exits: Exits | None = None
+    factors: dict[Path, Factor] = Field(default={}, max_length=MAX_ENTRIES)
     provenance: dict[Name, Scalar] = Field(default={}, max_length=256)
 
     @field_validator("base_args")
@@ -122,8 +125,8 @@ class Variant(BaseModel):
         return tuple(n if term is None else self.size(term) for term, n in zip(self.params[name], base, strict=True))
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as JSON values, for `config.json`. It says nothing of exits or a bank where there is none."""
-        return self.model_dump(mode="json", exclude={name for name in ("bank", "exits") if getattr(self, name) is None})
+        """The record as JSON values, for `config.json`. It says nothing of exits, a bank or factors where there are none."""
+        return self.model_dump(mode="json", exclude={name for name in ("bank", "exits", "factors") if not getattr(self, name)})
 
     @classmethod
     def from_dict(cls, obj: object) -> Variant:
@@ -225,6 +228,7 @@ def record(
             "scales": single(layout.scales, previous.scales if previous else {}),
             "bank": None if bank is None else bank.model_dump(),
             "exits": previous.exits.model_dump(mode="json") if previous and previous.exits else None,
+            "factors": {path: factor.model_dump() for path, factor in previous.factors.items()} if previous else {},
             "provenance": dict(provenance or {}),
         }
     )
