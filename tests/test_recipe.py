@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from zoo_compress.errors import RecipeError
 from zoo_compress.methods.netaug import NetAugConfig
 from zoo_compress.methods.slim import SlimConfig
-from zoo_compress.plan import PruneRound, budget_of_round, make_plan, milestones, unpruned
+from zoo_compress.plan import PruneRound, budget_of_round, make_plan, milestones, uncompressed
 from zoo_compress.recipe import PruneStage, load_recipe
 
 SHIPPED = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
@@ -102,7 +102,11 @@ BAD = {
     "unknown optimizer": ("epochs: 2", "opt: adamm, epochs: 2", "stages.0.train.opt: expected one of timm.optim.list_optimizers()"),
     "unknown schedule": ("epochs: 2", "sched: cosin, epochs: 2", "stages.0.train.sched: expected 'cosine'"),
     "warm-up without end": ("epochs: 2", "warmup_epochs: 2, epochs: 2", "stages.0.train: expected warmup_epochs below epochs (2), found 2"),
-    "teacher before pruning": ("- train: {", "- finetune: {distill: {}, ", "expected a prune stage before stages.0.finetune.distill"),
+    "teacher before pruning": (
+        "- train: {",
+        "- finetune: {distill: {}, ",
+        "expected a stage that compresses before stages.0",
+    ),
     "missing part": ("output: out", "", "output: expected a value, found none"),
     "key given twice": ("output: out", "output: out\noutput: there", "line 5: found the key 'output' twice"),
     "key that is no text": ("output: out", "output: out\n3: there", "line 5: expected a key that is text, found 3"),
@@ -167,14 +171,14 @@ def test_plan_writes_rounds_out(tmp_path):
         "after pruning": "06_prune",
         "after fine-tuning": "07_finetune",
     }
-    assert unpruned(plan) is plan[1]
+    assert uncompressed(plan) is plan[1]
     assert {step.action.first for step in plan if isinstance(step.action, PruneRound)} == {"02_prune"}
 
 
 def test_plan_without_pruning(tmp_path):
     text = GOOD[: GOOD.index("  - prune")]
     plan = make_plan(load(tmp_path, text))
-    assert unpruned(plan) is None
+    assert uncompressed(plan) is None
     assert [step.name for step in milestones(plan).values()] == ["01_train"]
 
 

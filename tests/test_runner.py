@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 
+import zoo_compress as zc
 from zoo_compress.errors import CompressError, RecipeError
 from zoo_compress.runner import run
 from zoo_compress.training.checkpoint import load_state
@@ -84,6 +85,28 @@ def test_record_and_table(whole):
     assert rows["reloaded"].top1 == small.top1
     assert json.loads((folder / "out/results.json").read_text())["table"] == [row.model_dump() for row in record.table]
     assert {step.name for step in record.steps if step.epochs} == {"01_train", "03_finetune", "05_finetune"}
+
+
+def test_a_stage_that_changes_the_model(tmp_path):
+    """The structure of the pruned model, trained from scratch, beside it; one row a stage."""
+    stages = """
+  - train: {{epochs: 1, lr: 3e-3}}
+  - prune: {{macs: 0.6, round_to: 4}}
+  - finetune: {{epochs: 1, lr: 1e-3}}
+  - reinitialize
+  - finetune: {{epochs: 1, lr: 3e-3, distill: {{}}}}
+  - save
+measure: {{runs: 3}}
+"""
+    record = run(write(tmp_path, text=START + stages), log=lambda line: None)
+    rows = {row.label: row for row in record.table}
+    names = ["before pruning", "after pruning", "after fine-tuning", "after re-initialising", "after fine-tuning (2)", "reloaded"]
+    assert list(rows) == names
+    assert len({row.macs for row in record.table[1:]}) == 1
+    started_over, tuned = (zc.load(tmp_path / "out/steps" / name) for name in ("04_reinitialize", "03_finetune"))
+    assert (started_over.bn1.running_mean == 0).all()
+    assert not (tuned.bn1.running_mean == 0).any()
+    assert record.step("04_reinitialize").metrics["before"] == record.step("04_reinitialize").metrics["after"]
 
 
 def test_result_loads_as_any_timm_model(whole):

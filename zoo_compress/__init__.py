@@ -7,6 +7,7 @@ from .errors import AnalysisError, CompressError, HubError, RecipeError, Variant
 from .methods.exits import ExitsConfig, ExitsTask, add_exits
 from .methods.netaug import netaug
 from .methods.prune import prune
+from .methods.reinitialize import reinitialize
 from .methods.slimmable import slim
 from .methods.subnets import SearchResult, search
 from .plugin import load, save
@@ -43,6 +44,7 @@ __all__ = [
     "netaug",
     "prune",
     "push_to_hub",
+    "reinitialize",
     "resize",
     "save",
     "search",

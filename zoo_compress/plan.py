@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from .recipe import EvaluateStage, PruneStage, Recipe, SaveStage
+from .recipe import EvaluateStage, FinetuneStage, PruneStage, Recipe, SaveStage, TrainStage
 from .training.config import TrainConfig
+from .training.task import ChangeConfig
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class PruneRound:
     first: str
 
 
-Action: TypeAlias = TrainConfig | PruneRound | EvaluateStage | SaveStage | Literal["create", "report"]
+Action: TypeAlias = TrainConfig | PruneRound | ChangeConfig | EvaluateStage | SaveStage | Literal["create", "report"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Step:
     Attributes:
         name: unique in its run, numbered in order; also the name of its folder.
         index: its number; key of its randomness.
-        kind: `create`, `train`, `prune`, `finetune`, `evaluate`, `save` or `report`.
+        kind: `create`, `report`, or the kind of a stage.
         label: what people see.
         action: what to do.
     """
@@ -46,7 +47,19 @@ class Step:
     @property
     def makes_model(self) -> bool:
         """Whether the step ends with a new model."""
-        return self.action == "create" or isinstance(self.action, TrainConfig | PruneRound)
+        return self.action == "create" or isinstance(self.action, TrainConfig | PruneRound | ChangeConfig)
+
+    @property
+    def compresses(self) -> bool:
+        """Whether the step makes another model than training does."""
+        return isinstance(self.action, PruneRound | ChangeConfig)
+
+    @property
+    def noun(self) -> str | None:
+        """What the stage is called whose result this step's model is; None for steps within one."""
+        if isinstance(self.action, PruneRound):
+            return self.action.stage.noun if self.action.round == self.action.stage.num_rounds else None
+        return self.action.noun if isinstance(self.action, TrainStage | FinetuneStage | ChangeConfig) else None
 
 
 def make_plan(recipe: Recipe) -> tuple[Step, ...]:
@@ -74,21 +87,23 @@ def make_plan(recipe: Recipe) -> tuple[Step, ...]:
     return tuple(steps)
 
 
-def unpruned(plan: tuple[Step, ...]) -> Step | None:
-    """The step whose model the first prune step starts from; it teaches in distillation. None if nothing is pruned."""
-    first = next((step.index for step in plan if isinstance(step.action, PruneRound)), None)
+def uncompressed(plan: tuple[Step, ...]) -> Step | None:
+    """The step whose model the first stage that compresses starts from; it teaches in distillation. None without such a stage."""
+    first = next((step.index for step in plan if step.compresses), None)
     return next((step for step in reversed(plan[:first]) if step.makes_model), None) if first is not None else None
 
 
 def milestones(plan: tuple[Step, ...]) -> dict[str, Step]:
-    """The models of the final table: label to the step that makes it."""
-    last = next(step for step in reversed(plan) if step.makes_model)
-    dense = unpruned(plan)
+    """The models of the final table: label to the step that makes it. One before the first stage that compresses, one after each stage."""
+    dense = uncompressed(plan)
     if dense is None:
-        return {"model": last}
-    pruned = next(step for step in reversed(plan) if isinstance(step.action, PruneRound))
-    rows = {"before pruning": dense, "after pruning": pruned}
-    return rows if last is pruned else {**rows, "after fine-tuning": last}
+        return {"model": next(step for step in reversed(plan) if step.makes_model)}
+    later = [(step.noun, step) for step in plan[dense.index + 1 :] if step.noun is not None]
+    rows = {f"before {later[0][0]}": dense}
+    for noun, step in later:
+        again = sum(label.startswith(f"after {noun}") for label in rows)
+        rows[f"after {noun}" + (f" ({again + 1})" if again else "")] = step
+    return rows
 
 
 def budget_of_round(action: PruneRound, size: float) -> dict[str, float]:

@@ -5,15 +5,16 @@ import json
 import math
 import re
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, ValidationError, field_validator, model_validator
 
 from .errors import RecipeError
-from .methods import Trained
+from .methods import Changed, Trained
 from .structure.budget import KINDS
 from .training.config import Config, Count, DataConfig, FinetuneConfig, Positive, TrainConfig
+from .training.task import ChangeConfig
 
 REMOVED_PER_ROUND = 0.1
 """`rounds: auto` prunes in as many rounds as it takes for each to remove about this fraction of what is left."""
@@ -68,9 +69,14 @@ class ModelConfig(Config):
         return name
 
 
+def kinds(union: Any) -> tuple[str, ...]:
+    """Names of the configs in a union of them, or of a single one."""
+    return tuple(config.model_fields["kind"].default for config in get_args(union) or (union,))
+
+
 def _named(value: Any) -> Any:
     """`{netaug: {r: 3}}` with its name inside, as pydantic's tagged unions want it."""
-    names = [kind.model_fields["kind"].default for kind in get_args(Trained)]
+    names = kinds(Trained)
     name, body = next(iter(value.items())) if isinstance(value, dict) and len(value) == 1 else (None, None)
     if name not in names or not isinstance(body, dict | None) or (body and "kind" in body):
         raise ValueError(f"expected one of {', '.join(names)}, with its settings as a mapping")
@@ -87,17 +93,19 @@ class TrainStage(TrainConfig):
         method: another way to train than as the model is: `{slim: …}`, `{us: …}` or `{netaug: …}`.
     """
 
+    noun: ClassVar[str] = "training"
     kind: Literal["train"]
     method: Method | None = None
 
 
 class FinetuneStage(FinetuneConfig):
-    """Train the model after pruning, on labels and, with `distill`, on the logits of the unpruned model.
+    """Train the model after a stage that compressed it, on labels and, with `distill`, on the logits of the model before it.
 
     Attributes:
         method: as for `train`.
     """
 
+    noun: ClassVar[str] = "fine-tuning"
     kind: Literal["finetune"]
     method: Method | None = None
 
@@ -117,6 +125,7 @@ class PruneStage(Config):
         reconstruct: restore every layer's outputs by least squares on these batches, without training.
     """
 
+    noun: ClassVar[str] = "pruning"
     kind: Literal["prune"]
     keep: Annotated[float, Field(gt=0, lt=1)] | None = None
     macs: Positive | None = None
@@ -202,9 +211,9 @@ def _tag(stage: Any) -> Any:
     return {"kind": name, **body}
 
 
-STAGES = ("train", "prune", "finetune", "evaluate", "save")
+STAGES = ("train", "prune", "finetune", "evaluate", "save", *kinds(Changed))
 Stage = Annotated[
-    Annotated[TrainStage | PruneStage | FinetuneStage | EvaluateStage | SaveStage, Field(discriminator="kind")],
+    Annotated[TrainStage | PruneStage | FinetuneStage | EvaluateStage | SaveStage | Changed, Field(discriminator="kind")],
     BeforeValidator(_tag),
 ]
 
@@ -242,13 +251,14 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _ordered(self) -> "Recipe":
-        pruned = False
+        compressed = False
         for index, stage in enumerate(self.stages):
-            if isinstance(stage, FinetuneStage) and stage.distill and stage.distill.teacher is None and not pruned:
+            if isinstance(stage, FinetuneStage) and stage.distill and stage.distill.teacher is None and not compressed:
                 raise ValueError(
-                    f"expected a prune stage before stages.{index}.finetune.distill, whose teacher is the unpruned model, or a teacher"
+                    f"expected a stage that compresses before stages.{index}.finetune.distill, whose teacher is the model before it, "
+                    "or a teacher"
                 )
-            pruned = pruned or isinstance(stage, PruneStage)
+            compressed = compressed or isinstance(stage, PruneStage | ChangeConfig)
         folders = [stage.to for stage in self.stages if isinstance(stage, SaveStage)]
         if len(set(folders)) != len(folders):
             raise ValueError(f"expected a folder of its own for each save stage, found {', '.join(folders)}")

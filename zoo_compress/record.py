@@ -27,7 +27,7 @@ class StepRecord(Entry):
 
     Attributes:
         name: name of the step, numbered.
-        kind: `create`, `train`, `prune`, `finetune`, `evaluate`, `save` or `report`.
+        kind: `create`, `report`, or the kind of a stage.
         checkpoint: folder of the model it made, below the output folder; None if it made none.
         metrics: what it found out. Accuracies are in percent, latencies in ms.
         epochs: for training.

@@ -23,7 +23,7 @@ import zoo_compress as zc
 
 from .errors import CompressError, RecipeError
 from .methods.slimmable import Slimmable
-from .plan import PruneRound, Step, budget_of_round, make_plan, milestones, unpruned
+from .plan import PruneRound, Step, budget_of_round, make_plan, milestones, uncompressed
 from .profiling.measure import measure_many
 from .recipe import Recipe, SaveStage, load_recipe
 from .record import RECORD_NAME, Record, Row, StepRecord, machine, read_record, versions, write_record
@@ -32,6 +32,7 @@ from .training.data import calibration_batches, check_fits, eval_loader, train_l
 from .training.distributed import Processes, init_processes
 from .training.loop import Epoch, Phase, evaluate, fit, reseed
 from .training.sources import Source, default_pretrained_cfg, open_source
+from .training.task import ChangeConfig
 
 STEPS_FOLDER = "steps"
 STATE_NAME = "training.safetensors"
@@ -178,7 +179,7 @@ def _do(run: Run, step: Step) -> Record:
     """Do one step, save its model, and only then add it to the record."""
     run.log(f"[{step.index + 1}/{len(run.plan)}] {step.label}")
     start = time.perf_counter()
-    result = _ACTIONS[step.kind](run, step)
+    result = _ACTIONS.get(step.kind, _change_step)(run, step)
     made = f"{STEPS_FOLDER}/{step.name}" if step.makes_model else None
     if result.model is not None and run.processes.primary:
         _save(result.model, run.folder(step))
@@ -205,7 +206,7 @@ def _fit_step(run: Run, step: Step) -> Result:
     model, data = zc.load(run.latest()), run.recipe.data
     teacher = None
     if isinstance(config, FinetuneConfig) and config.distill:
-        dense = unpruned(run.plan)
+        dense = uncompressed(run.plan)
         teacher = _teacher(config.distill.teacher) if config.distill.teacher else zc.load(run.folder(dense)) if dense else None
     loaders = train_loader(run.source, data, model, run.processes), eval_loader(run.source, data, model, run.processes)
     method = getattr(config, "method", None)
@@ -271,6 +272,24 @@ def _prune_step(run: Run, step: Step) -> Result:
     metrics = {"before": size, "after": {"macs": after.macs(), "params": after.num_params()}}
     run.log(f"{step.label}: MACs {before.macs():,} → {after.macs():,}, parameters {before.num_params():,} → {after.num_params():,}")
     return Result(small, metrics)
+
+
+def _change_step(run: Run, step: Step) -> Result:
+    config = step.action
+    assert isinstance(config, ChangeConfig)
+    if not run.processes.primary:
+        return Result()
+    model = zc.load(run.latest())
+    data = calibration_batches(run.source, run.recipe.data, model, config.calibration_batches)
+    changed = config.apply(model, data, reseed(run.recipe.seed, step.index, 0))
+    before, after = (_size(found) for found in (model, changed))
+    run.log(f"{step.label}: MACs {before['macs']:,} → {after['macs']:,}, parameters {before['params']:,} → {after['params']:,}")
+    return Result(changed, {"before": before, "after": after})
+
+
+def _size(model: nn.Module) -> dict[str, int]:
+    layout = zc.analyze(model)
+    return {"macs": layout.macs(), "params": layout.num_params()}
 
 
 def _evaluate_step(run: Run, step: Step) -> Result:

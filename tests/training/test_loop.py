@@ -30,6 +30,7 @@ def test_learns_real_digits(make_model, make_loaders, digits):
 CONFIGS = {
     "adamw, average of weights, warm-up": TrainConfig(epochs=3, lr=3e-3, ema_decay=0.9, warmup_epochs=1, clip_grad=1.0),
     "sgd, step schedule": TrainConfig(epochs=3, opt="sgd", lr=0.05, sched="step", decay_epochs=1, opt_args={"nesterov": True}),
+    "channels last": TrainConfig(epochs=3, lr=3e-3, channels_last=True, ema_decay=0.9),
     "distillation": FinetuneConfig(epochs=3, lr=1e-3, distill=DistillConfig(temperature=2.0), smoothing=0.1),
 }
 
@@ -57,6 +58,19 @@ def test_resumes_to_the_same_bits(tmp_path, make_model, make_loaders, config, st
     assert len(again) == config.epochs - stop_in + 1, "a stop loses one epoch at most"
     assert numbers(resumed_history) == numbers(history)
     assert same_weights(resumed, whole)
+
+
+def test_channels_last_is_a_matter_of_rounding(make_model, make_loaders):
+    losses = {}
+    for last in (False, True):
+        model, formats = make_model(), []
+        model.conv1.register_forward_hook(
+            lambda module, args, output, formats=formats: formats.append(output.is_contiguous(memory_format=torch.channels_last))
+        )
+        losses[last] = [e.train_loss for e in fit(model, *make_loaders(), TrainConfig(epochs=2, opt="sgd", lr=0.01, channels_last=last))]
+        assert any(formats) == last
+        assert all(parameter.is_contiguous() for parameter in model.parameters())
+    assert losses[True] == pytest.approx(losses[False], rel=1e-3)
 
 
 def test_workers_resume_to_the_same_bits(tmp_path, make_model, make_loaders):

@@ -3,8 +3,12 @@
 from typing import TypeAlias
 
 from .netaug import NetAugConfig
+from .reinitialize import ReinitializeConfig
 from .slim import SlimConfig
 from .us import UsConfig
 
 Trained: TypeAlias = SlimConfig | UsConfig | NetAugConfig
 """Methods that a training stage of a recipe may name. A method is one file and one entry here."""
+
+Changed: TypeAlias = ReinitializeConfig
+"""Methods that are a stage of a recipe: they turn one model into another at once. A method is one file and one entry here."""

@@ -61,7 +61,7 @@ class DistillConfig(Config):
     """Logit distillation (`timm.task.LogitDistillationTask`).
 
     Attributes:
-        teacher: anything `timm.create_model` takes with pretrained weights; None is the unpruned model.
+        teacher: anything `timm.create_model` takes with pretrained weights; None is the model before the first stage that compressed it.
         temperature: softmax temperature of both models.
         task_loss_weight: weight of the loss on labels; distillation gets the rest.
     """
@@ -84,6 +84,7 @@ class TrainConfig(Config):
         decay_epochs: interval (`step`) or length (`wsd`) of the decay; None takes timm's default.
         smoothing: label smoothing.
         clip_grad: gradient norm clipped to this; None leaves gradients alone.
+        channels_last: run the steps with channels last in memory, which is faster for most convolutions; a matter of rounding otherwise.
         ema_decay: decay of the weight average (`ModelEmaV3`, with warm-up) that becomes the result; None keeps the last weights.
     """
 
@@ -100,6 +101,7 @@ class TrainConfig(Config):
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     clip_grad: Positive | None = None
+    channels_last: bool = False
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
 
     @field_validator("opt")
@@ -119,7 +121,7 @@ class TrainConfig(Config):
 
 
 class FinetuneConfig(TrainConfig):
-    """A training phase after pruning, which may learn from the unpruned model as well."""
+    """A training phase that may learn from another model as well."""
 
     distill: DistillConfig | None = None
 

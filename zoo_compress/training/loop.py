@@ -217,12 +217,14 @@ def _train_epoch(
 ) -> float:
     """One pass over the loader, `updates` optimizer steps after the phase began; returns the mean loss over all processes."""
     task.train()
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    task.to(memory_format=memory_format)
     losses = torch.zeros((), dtype=torch.float64, device=processes.device)
     bar = _bar(loader, progress, processes)
     for batch, (images, target) in enumerate(bar):
         if scheduler is not None:
             scheduler.step_update(updates + batch)
-        loss = task(images.to(processes.device), target.to(processes.device))["loss"]
+        loss = task(images.to(processes.device, memory_format=memory_format), target.to(processes.device))["loss"]
         optimizer.zero_grad()
         loss.backward()
         if config.clip_grad is not None:
@@ -232,6 +234,7 @@ def _train_epoch(
         losses += loss.detach()
         if isinstance(bar, tqdm) and batch % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    task.to(memory_format=torch.contiguous_format)  # evaluated as it will be loaded
     if processes.distributed:
         dist.all_reduce(losses)
         for module in (task.get_trainable_module(), task.get_trainable_module(ema=True)):

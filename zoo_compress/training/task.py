@@ -1,10 +1,10 @@
-"""Tasks that train a network in another way: each wraps a task of timm's, which knows model and loss."""
+"""What methods are to a recipe: a stage that changes a model at once, or another way to train it. Tasks of the latter wrap timm's."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from timm.task import TrainingTask
@@ -50,6 +50,33 @@ class MethodConfig(Config):
             images: Batches of training images without augmentation.
         """
         return net
+
+
+class ChangeConfig(Config):
+    """What a recipe says about a method that turns one model into another at once, and how.
+
+    Attributes:
+        kind: name of the stage.
+        noun: what it is called in tables.
+        calibration_batches: training batches it may look at.
+    """
+
+    noun: ClassVar[str]
+    kind: str
+    calibration_batches: Count = 8
+
+    def apply(self, model: nn.Module, images: Iterable[object], seed: int) -> nn.Module:
+        """The changed model; the given one stays as it is.
+
+        Args:
+            model: The model.
+            images: Batches of training images without augmentation, `(images, target)`; read only if they are asked for.
+            seed: Of whatever the method draws.
+
+        Raises:
+            CompressError: If the method cannot work on this model.
+        """
+        raise NotImplementedError
 
 
 class MethodTask(TrainingTask):

@@ -1,0 +1,111 @@
+"""Starting over: the structure stays, the weights are drawn anew, as the architecture it was made of draws them.
+
+What a pruned model is to be compared with (Liu et al. 2019, Rethinking the Value of Network Pruning).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from timm.models import create_model
+from torch import Tensor, nn
+
+from ..errors import CompressError
+from ..surgery.modules import clear_caches, statistics
+from ..surgery.origin import origin
+from ..training.task import ChangeConfig
+
+# Deviation times the root of the fan, of initialisations whose deviation follows the fan: He et al. 2015, LeCun et al. 1998, and torch's
+# default for layers (uniform within 1 / sqrt(fan)).
+_FAN_LAWS = (math.sqrt(2), 1.0, 1 / math.sqrt(3))
+
+
+class ReinitializeConfig(ChangeConfig):
+    """Draw the weights anew; see `reinitialize`."""
+
+    noun = "re-initialising"
+    kind: Literal["reinitialize"] = "reinitialize"
+
+    def apply(self, model: nn.Module, images: Iterable[object], seed: int) -> nn.Module:
+        return reinitialize(model, seed)
+
+
+def reinitialize(model: nn.Module, seed: int = 0) -> nn.Module:
+    """A copy of a model, compressed or not, with the weights it would have before any training.
+
+    The architecture it was made of is created anew, and its random weights are cut to the model's shapes. Where their deviation follows
+    the number of inputs or outputs (He, LeCun, Glorot, torch's default) it is scaled to the model's numbers. Weights the architecture
+    does not have, such as heads of exits, are initialised by their layers (`reset_parameters`). Running statistics start over; other
+    buffers stay.
+
+    Args:
+        model: A model that timm's factory made.
+        seed: Of the weights.
+
+    Raises:
+        CompressError: If it is none, or a layer has no way to initialise itself.
+    """
+    source = origin(model)
+    if source is None:
+        raise CompressError(f"reinitialize: expected a model made by timm, which says what it is made of; {type(model).__name__} does not")
+    live: dict[str, Any] = {name: value for name in ("num_classes", "in_chans") if isinstance(value := getattr(model, name, None), int)}
+    fresh = copy.deepcopy(model)
+    kept = {name for names in statistics(fresh).values() for name in names}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        start = create_model(source.base, **{**source.args, **live}).state_dict(keep_vars=True)
+        _reset_others(fresh, start.keys())
+        for name, tensor in fresh.named_parameters():
+            if name in start:
+                tensor.copy_(_drawn(start[name].detach(), tensor.shape))
+        for name, buffer in fresh.named_buffers():
+            if name in start and name in kept:
+                buffer.copy_(_drawn(start[name], buffer.shape))
+    clear_caches(fresh)
+    return fresh
+
+
+def _reset_others(model: nn.Module, known: Any) -> None:
+    for path, module in model.named_modules():
+        own = [f"{path}.{key}" if path else key for key, _ in module.named_parameters(recurse=False)]
+        if all(name in known for name in own):
+            continue
+        reset = getattr(module, "reset_parameters", None)
+        if not callable(reset):
+            raise CompressError(f"reinitialize: {path or 'the model'} has weights that its architecture has not, and no reset_parameters()")
+        reset()
+
+
+def _drawn(start: Tensor, shape: torch.Size) -> Tensor:
+    """Values of a tensor's initialisation for another shape."""
+    if start.shape == shape:
+        return start
+    if start.ndim == len(shape) and all(n >= wanted for n, wanted in zip(start.shape, shape, strict=True)):
+        values = start[tuple(slice(wanted) for wanted in shape)]
+    elif start.is_floating_point() and start.numel() > 1:
+        values = start.mean() + start.std(correction=0) * torch.randn(shape, device=start.device, dtype=start.dtype)
+    else:
+        values = start.reshape(-1)[:1].expand(shape)
+    return values * _rescale(start, shape)
+
+
+def _rescale(start: Tensor, shape: torch.Size) -> float:
+    """By how much a deviation that follows the fan grows, where this tensor's does; else 1."""
+    if start.ndim < 2 or len(shape) != start.ndim or start.numel() < 16:
+        return 1.0
+    deviation = float(start.float().std(correction=0))
+    near = 3 / math.sqrt(2 * start.numel())  # three times the relative error of a deviation estimated from so many values
+    (ins, outs), (ins_now, outs_now) = _fans(start.shape), _fans(shape)
+    for fan, now in ((ins, ins_now), (outs, outs_now), ((ins + outs) / 2, (ins_now + outs_now) / 2)):
+        if any(abs(deviation * math.sqrt(fan) / law - 1) < near for law in _FAN_LAWS):
+            return math.sqrt(fan / now)
+    return 1.0
+
+
+def _fans(shape: torch.Size) -> tuple[int, int]:
+    field = math.prod(shape[2:])
+    return shape[1] * field, shape[0] * field
