@@ -5,9 +5,11 @@ Importing the package registers its names with timm: `timm.create_model("resnet1
 
 from .errors import AnalysisError, CompressError, HubError, RecipeError, VariantError, VerificationError, WidthError
 from .methods.exits import ExitsConfig, ExitsTask, add_exits
+from .methods.factorize import factorize, plan_factorize
 from .methods.netaug import netaug
 from .methods.prune import prune
 from .methods.reinitialize import reinitialize
+from .methods.separate import plan_separate, separate
 from .methods.slimmable import slim
 from .methods.subnets import SearchResult, search
 from .plugin import load, save
@@ -38,16 +40,20 @@ __all__ = [
     "add_exits",
     "analyze",
     "calibrate",
+    "factorize",
     "list_variants",
     "load",
     "measure",
     "netaug",
+    "plan_factorize",
+    "plan_separate",
     "prune",
     "push_to_hub",
     "reinitialize",
     "resize",
     "save",
     "search",
+    "separate",
     "slim",
     "verify",
 ]

@@ -2,13 +2,15 @@
 
 from typing import TypeAlias
 
+from .factorize import FactorizeConfig
 from .netaug import NetAugConfig
 from .reinitialize import ReinitializeConfig
+from .separate import SeparateConfig
 from .slim import SlimConfig
 from .us import UsConfig
 
 Trained: TypeAlias = SlimConfig | UsConfig | NetAugConfig
 """Methods that a training stage of a recipe may name. A method is one file and one entry here."""
 
-Changed: TypeAlias = ReinitializeConfig
+Changed: TypeAlias = FactorizeConfig | ReinitializeConfig | SeparateConfig
 """Methods that are a stage of a recipe: they turn one model into another at once. A method is one file and one entry here."""

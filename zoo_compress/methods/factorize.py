@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Annotated, Literal
 
+from pydantic import Field, model_validator
 from torch import nn
 
 from ..errors import CompressError
 from ..structure.layout import Layout
 from ..surgery.factorise import BUDGETS, FactorPlan, Wanted, apply_factors, plan_factors
+from ..training.config import Count, Positive
+from ..training.task import ChangeConfig
 
 SCHEMES: dict[str, tuple[str, ...]] = {
     "auto": ("svd", "spatial", "channel"),
@@ -17,6 +21,46 @@ SCHEMES: dict[str, tuple[str, ...]] = {
     "channel": ("svd", "channel"),
 }
 """What k×k convolutions become: k×1 and 1×k (spatial), k×k and 1×1 (channel), whichever loses less, or nothing (svd)."""
+
+
+class FactorizeConfig(ChangeConfig):
+    """Replace layers by two of lower rank each; see `factorize` for what is not said here.
+
+    Attributes:
+        data: fit what layers give on calibration batches, not their weights.
+    """
+
+    noun = "factorising"
+    kind: Literal["factorize"] = "factorize"
+    macs: Positive | None = None
+    params: Positive | None = None
+    energy: Annotated[float, Field(gt=0, le=1)] | None = None
+    scheme: Literal["auto", "svd", "spatial", "channel"] = "auto"
+    data: bool = False
+    scope: Literal["global", "local"] = "global"
+    round_to: Count = 8
+    exclude: Annotated[tuple[str, ...], Field(strict=False)] = ()  # not JSON any more once the stage's name was put inside
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> FactorizeConfig:
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"expected exactly one of {', '.join(BUDGETS)}, found {' and '.join(given) or 'none'}")
+        return self
+
+    def apply(self, model: nn.Module, images: Iterable[object], seed: int) -> nn.Module:
+        return factorize(
+            model,
+            macs=self.macs,
+            params=self.params,
+            energy=self.energy,
+            scheme=self.scheme,
+            data=images if self.data else None,
+            scope=self.scope,
+            round_to=self.round_to,
+            exclude=self.exclude,
+            seed=seed,
+        )
 
 
 def plan_factorize(

@@ -3,12 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Annotated, Literal
 
+from pydantic import Field, model_validator
 from torch import nn
 
 from ..errors import CompressError
 from ..structure.layout import Layout
 from ..surgery.factorise import FactorPlan, Wanted, apply_factors, plan_factors
+from ..training.config import Count, Positive
+from ..training.task import ChangeConfig
+
+
+class SeparateConfig(ChangeConfig):
+    """Replace dense convolutions by depthwise and pointwise ones; see `separate` for what is not said here.
+
+    Attributes:
+        data: fit what layers give on calibration batches, not their weights.
+    """
+
+    noun = "separating"
+    kind: Literal["separate"] = "separate"
+    macs: Positive | None = None
+    params: Positive | None = None
+    multiplier: Count = 1
+    data: bool = False
+    exclude: Annotated[tuple[str, ...], Field(strict=False)] = ()  # not JSON any more once the stage's name was put inside
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> SeparateConfig:
+        if self.macs is not None and self.params is not None:
+            raise ValueError("expected macs or params, or neither to replace all dense convolutions, found both")
+        return self
+
+    def apply(self, model: nn.Module, images: Iterable[object], seed: int) -> nn.Module:
+        data = images if self.data else None
+        return separate(model, macs=self.macs, params=self.params, multiplier=self.multiplier, data=data, exclude=self.exclude, seed=seed)
 
 
 def plan_separate(
@@ -62,7 +92,5 @@ def separate(
     Raises:
         CompressError: On bad arguments, if there is nothing to replace, or if no choice comes within 2 percentage points of the budget.
     """
-    plan = plan_separate(
-        model, macs=macs, params=params, multiplier=multiplier, data=data, exclude=exclude, layout=layout, seed=seed
-    )
+    plan = plan_separate(model, macs=macs, params=params, multiplier=multiplier, data=data, exclude=exclude, layout=layout, seed=seed)
     return apply_factors(model, plan)

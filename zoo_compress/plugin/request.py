@@ -265,11 +265,12 @@ def restored(
     entrypoint = model_entrypoint(variant.base)
 
     def between(built: Built) -> None:
-        factors.replace_(built.model, factors.present(built.model, variant.factors))
+        two = factors.present(built.model, variant.factors)
+        factors.replace_(built.model, two)
         if variant.exits and not args.get("features_only"):
             attach_(built.model, variant.exits, boundaries)
         fitting = present(built.model, variant)
-        if fitting != variant:
+        if fitting != variant or two != variant.factors:
             # The model was asked for without its classifier, or as features. The record must still fit what it was made of.
             whole = factors.replace_(entrypoint(pretrained=False, **source_args), variant.factors)
             check(attach_(whole, variant.exits) if variant.exits else whole, variant)

@@ -112,8 +112,8 @@ def evenly(candidates: Mapping[str, Candidate], limit: float) -> dict[str, tuple
         found: dict[str, tuple[str, int] | None] = {}
         for name, candidate in candidates.items():
             choice = candidate.choices[0]
-            rank = choice.ranks[choice.ranks <= fraction * candidate.dense / choice.cost][-1:]
-            rank = int(rank[0]) if len(rank) else int(choice.ranks[0])
+            below = choice.ranks[choice.ranks <= fraction * candidate.dense / choice.cost]
+            rank = int(below[-1] if len(below) else choice.ranks[0])
             found[name] = (choice.kind, rank) if rank * choice.cost < candidate.dense else None
         return found
 

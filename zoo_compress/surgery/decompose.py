@@ -88,7 +88,7 @@ def losses(kind: str, weight: torch.Tensor, seen: Seen | None, ranks: np.ndarray
     weight = weight.detach().double()
     if kind == "separable" and seen is None:
         kept = torch.linalg.svdvals(_by_input(weight)).square().sum(0).cumsum(0)
-    elif kind == "separable":
+    elif kind == "separable" and seen is not None:
         return np.array([_error(weight, Factor(kind="separable", rank=int(rank)), seen) for rank in ranks])
     elif kind == "spatial" and seen is not None:
         kept = _Horizontal(weight, seen, int(ranks[-1])).kept
@@ -174,7 +174,7 @@ class _Horizontal:
 
     def __init__(self, weight: torch.Tensor, seen: Seen, rank: int) -> None:
         self.shape = weight.shape
-        outputs, inputs, height, width = weight.shape
+        _, inputs, height, width = weight.shape
         _, vertical = _vertical("spatial", weight, seen, rank)
         self.vertical = vertical / vertical.norm(dim=1, keepdim=True).clamp_min(1e-30)
         # What the second layer reads: each vertical filter at each of the kernel's columns, as rows over the dense layer's columns.

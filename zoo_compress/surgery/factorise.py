@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from ..structure.factors import FIRST, SECOND, Factor
 from ..structure.layout import Layout
 from ..structure.ranks import Candidate, Choice, allocate, cheapest, evenly, meets, total
 from ..structure.variant import Variant, record
+from .calibrate import follow_
 from .decompose import Seen, energy, fit, losses
 from .factors import pair, put, refused
 from .images import image_batches
@@ -89,6 +91,7 @@ class FactorPlan:
         macs: Multiply-accumulates before and after.
         params: Parameters before and after.
         moments: What the layers see, by weight, if there was data.
+        images: That data.
     """
 
     method: str
@@ -98,6 +101,7 @@ class FactorPlan:
     macs: tuple[int, int]
     params: tuple[int, int]
     moments: Mapping[str, Moments] = field(default_factory=dict, repr=False)
+    images: tuple[torch.Tensor, ...] = field(default=(), repr=False)
 
     def __str__(self) -> str:
         width = max(map(len, (*self.factors, *self.left)), default=0)
@@ -128,8 +132,9 @@ def plan_factors(
     layout = analyze(model) if layout is None else layout
     layers, left = dense_layers(model, layout)
     order = [*layers, *left]
-    moments = {} if data is None else gather(model, layout, image_batches(data), sensitivity=True, seed=seed)
-    left.update(_set_aside(model, layers, wanted, moments if data is not None else None))
+    images = [] if data is None else image_batches(data)
+    moments = gather(model, layout, images, sensitivity=True, seed=seed) if images else {}
+    left.update(_set_aside(model, layers, wanted, moments if images else None))
     layers = {path: layer for path, layer in layers.items() if path not in left}
     left.update(refused(model, {path: Factor(kind=_kinds(layer, wanted)[0], rank=1) for path, layer in layers.items()}))  # type: ignore[arg-type]
     layers = {path: layer for path, layer in layers.items() if path not in left}
@@ -157,7 +162,8 @@ def plan_factors(
     kept = {path: _kept(curves[path][factor.kind], factor.rank) for path, factor in factors.items()}
     saved = {unit: sum(_cost(layers[p], None, unit) - _cost(layers[p], f, unit) for p, f in factors.items()) for unit in before}
     macs, params = ((before[unit], before[unit] - saved[unit]) for unit in before)
-    return FactorPlan(wanted.method, factors, {path: left[path] for path in order if path in left}, kept, macs, params, moments)
+    left = {path: left[path] for path in order if path in left}
+    return FactorPlan(wanted.method, factors, left, kept, macs, params, moments, tuple(images))
 
 
 def apply_factors(model: nn.Module, plan: FactorPlan) -> nn.Module:
@@ -172,12 +178,13 @@ def apply_factors(model: nn.Module, plan: FactorPlan) -> nn.Module:
     new = copy.deepcopy(model, memo)
     shifts = {}
     for path, factor in tqdm(plan.factors.items(), desc="factors", unit="layer", leave=False):
-        layer, seen = model.get_submodule(path), plan.moments.get(f"{path}.weight")
-        found = fit(factor, layer.weight, None if seen is None else Seen.of(seen))  # type: ignore[arg-type]
+        layer: Any = model.get_submodule(path)
+        seen = plan.moments.get(f"{path}.weight")
+        found = fit(factor, layer.weight, None if seen is None else Seen.of(seen))
         two = pair(layer, factor)
         with torch.no_grad():
-            two[0].weight.copy_(found.first)  # type: ignore[operator]
-            two[1].weight.copy_(found.second)  # type: ignore[operator]
+            two[0].weight.copy_(found.first)
+            two[1].weight.copy_(found.second)
         put(new, path, two)
         if seen is not None and seen.bias is not None:
             shifts[f"{path}.{SECOND}.bias"] = found.shift
@@ -188,6 +195,8 @@ def apply_factors(model: nn.Module, plan: FactorPlan) -> nn.Module:
             get_tensor(new, name).add_(shift)
     clear_caches(new)
     layout = analyze(new)
+    if plan.images:
+        follow_(new, model, layout, {}, plan.images)
     if (layout.macs(), layout.num_params()) != (plan.macs[1], plan.params[1]):
         raise CompressError(
             f"{plan.method}: expected {plan.macs[1]:,} MACs and {plan.params[1]:,} parameters, found {layout.macs():,} and "
@@ -240,9 +249,7 @@ def _moved(variant: Variant, factors: Mapping[str, Factor]) -> dict[str, dict]:
     return {"params": params, "attributes": attributes}
 
 
-def _set_aside(
-    model: nn.Module, layers: Mapping[str, DenseLayer], wanted: Wanted, moments: Mapping[str, Moments] | None
-) -> dict[str, str]:
+def _set_aside(model: nn.Module, layers: Mapping[str, DenseLayer], wanted: Wanted, moments: Mapping[str, Moments] | None) -> dict[str, str]:
     """Layers that are not looked at, and why."""
     out = {}
     for pattern in wanted.exclude:
@@ -276,45 +283,66 @@ def _cost(layer: DenseLayer, factor: Factor | None, unit: str) -> int:
 
 
 def _ranks(layer: DenseLayer, kind: str, wanted: Wanted) -> np.ndarray:
-    """The ranks at which two layers cost less than the one: multiples, of smaller powers of two where a layer has few."""
+    """The ranks at which two layers cost less than the one."""
     dense, each = _cost(layer, None, wanted.unit), _cost(layer, Factor(kind=kind, rank=1), wanted.unit)  # type: ignore[arg-type]
     highest = min(layer.shape.full_rank(kind), -(-dense // each) - 1)
     if wanted.ranks is not None:
         return np.array([rank for rank in sorted(wanted.ranks) if rank <= highest], dtype=np.int64)
-    step = wanted.round_to
-    while step > 1 and highest < 4 * step:
-        step //= 2
-    return np.arange(step, highest + 1, step)
+    return np.arange(1, highest + 1)
 
 
 def _chosen(
-    layers: Mapping[str, DenseLayer], curves: Mapping[str, Mapping[str, Curve]], scales: Mapping[str, float] | None, whole: int, wanted: Wanted
+    layers: Mapping[str, DenseLayer],
+    curves: Mapping[str, Mapping[str, Curve]],
+    scales: Mapping[str, float] | None,
+    whole: int,
+    wanted: Wanted,
 ) -> dict[str, tuple[str, int] | None]:
     """Kind and rank of every layer; None where it stays as it is."""
-    candidates = {}
-    for path, layer in layers.items():
-        choices = []
-        for kind, (ranks, kept) in curves[path].items():
-            lost = -np.log(np.maximum(kept, 1e-12)) if scales is None else (1 - kept) * scales[path]
-            choices.append(Choice(kind, ranks, lost, _cost(layer, Factor(kind=kind, rank=1), wanted.unit)))  # type: ignore[arg-type]
-        candidates[path] = Candidate(_cost(layer, None, wanted.unit), tuple(choices))
+
+    def candidates(step: int) -> dict[str, Candidate]:
+        return {
+            path: _candidate(layer, curves[path], None if scales is None else scales[path], wanted, step) for path, layer in layers.items()
+        }
+
     if wanted.budget is None:
         return {path: (kind := next(iter(found)), int(found[kind][0][-1])) for path, found in curves.items()}
     name, value = wanted.budget
     if name == "energy":
-        return {path: _keeping(candidates[path], curves[path], value) for path in layers}
+        found = candidates(wanted.round_to)
+        return {path: _keeping(found[path], curves[path], value) for path in layers}
     target = value * whole if value <= 1 else value
     if target > whole:
         raise CompressError(f"{wanted.method}: {name}={value:g} is more than the model has ({whole:,})")
-    limit = target - (whole - sum(c.dense for c in candidates.values()))
-    least = cheapest(candidates)
-    chosen = (allocate if wanted.scope == "global" else evenly)(candidates, limit)
-    if not candidates or not meets(total(candidates, chosen), limit, whole):
-        reach = (whole - sum(c.dense for c in candidates.values()) + least) / whole
-        raise WidthError(
-            f"{wanted.method}: no ranks come within 2 percentage points of {name}={value:g}; reachable: {reach:.1%} to 100%"
-        )
-    return chosen
+    rest = whole - sum(_cost(layer, None, wanted.unit) for layer in layers.values())
+    step = wanted.round_to
+    while True:
+        found = candidates(step)
+        chosen = (allocate if wanted.scope == "global" else evenly)(found, target - rest)
+        cost = total(found, chosen)
+        if layers and meets(cost, target - rest, whole):
+            return chosen
+        if step == 1:
+            low, near = ((rest + n) / whole for n in (cheapest(found), max(cost, cheapest(found))))
+            raise WidthError(
+                f"{wanted.method}: no ranks come within 2 percentage points of {name}={value:g}; of the {low:.1%} to 100% that are "
+                f"reachable, the nearest below is {near:.1%}"
+            )
+        step //= 2
+
+
+def _candidate(layer: DenseLayer, curves: Mapping[str, Curve], scale: float | None, wanted: Wanted, step: int) -> Candidate:
+    """What a layer may become. Ranks are multiples of a step, of smaller powers of two where there are few."""
+    choices = []
+    for kind, (ranks, kept) in curves.items():
+        own = step if wanted.ranks is None else 1
+        while own > 1 and len(ranks) < 4 * own:
+            own //= 2
+        chosen = slice(own - 1, None, own)
+        lost = -np.log(np.maximum(kept, 1e-12)) if scale is None else (1 - kept) * scale
+        each = _cost(layer, Factor(kind=kind, rank=1), wanted.unit)  # type: ignore[arg-type]
+        choices.append(Choice(kind, ranks[chosen], lost[chosen], each))
+    return Candidate(_cost(layer, None, wanted.unit), tuple(choices))
 
 
 def _keeping(candidate: Candidate, curves: Mapping[str, Curve], share: float) -> tuple[str, int] | None:
@@ -322,7 +350,7 @@ def _keeping(candidate: Candidate, curves: Mapping[str, Curve], share: float) ->
     best: tuple[float, tuple[str, int] | None] = (candidate.dense, None)
     for choice in candidate.choices:
         ranks, kept = curves[choice.kind]
-        enough = ranks[kept >= share]
+        enough = choice.ranks[kept[np.searchsorted(ranks, choice.ranks)] >= share]
         if len(enough) and enough[0] * choice.cost < best[0]:
             best = float(enough[0] * choice.cost), (choice.kind, int(enough[0]))
     return best[1]

@@ -39,34 +39,35 @@ def unfit(layer: nn.Module) -> str | None:
     return "it has hooks" if any(hooks) else None
 
 
-def pair(layer: nn.Module, factor: Factor) -> nn.Sequential:
-    """Two layers of a rank that take the place of one, with random weights and, in the second, its bias."""
+def pair(layer: Any, factor: Factor) -> Any:
+    """Two layers of a rank that take the place of one, with random weights and, in the second, its bias.
+
+    Args:
+        layer: A linear layer or a 2d convolution that `unfit` says nothing against.
+        factor: Kind and rank.
+
+    Returns:
+        A sequence of the two.
+    """
     like: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype}
     last: dict[str, Any] = {"bias": layer.bias is not None, **like}
-    rank = factor.rank
     if isinstance(layer, nn.Linear):
-        layers: tuple[nn.Module, ...] = (
-            nn.Linear(layer.in_features, rank, bias=False, **like),
-            nn.Linear(rank, layer.out_features, **last),
-        )
+        first, second = nn.Linear(layer.in_features, factor.rank, bias=False, **like), nn.Linear(factor.rank, layer.out_features, **last)
     else:
-        layers = _convolutions(layer, factor, like, last)  # type: ignore[arg-type]
-    new = nn.Sequential(*layers)
-    new.train(layer.training)
-    for parameter in new.parameters():
-        parameter.requires_grad_(layer.weight.requires_grad)
+        first, second = _convolutions(layer, factor, like, last)
+    new = nn.Sequential(first, second).train(layer.training).requires_grad_(layer.weight.requires_grad)
     if layer.bias is not None:
         with torch.no_grad():
-            new[1].bias.copy_(layer.bias)  # type: ignore[operator]
-        new[1].bias.requires_grad_(layer.bias.requires_grad)  # type: ignore[operator, union-attr]
+            second.bias.copy_(layer.bias)
+        second.bias.requires_grad_(layer.bias.requires_grad)
     return new
 
 
-def _convolutions(conv: nn.Conv2d, factor: Factor, like: dict[str, Any], last: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
+def _convolutions(conv: Any, factor: Factor, like: dict[str, Any], last: dict[str, Any]) -> tuple[Any, Any]:
     inputs, outputs, rank = conv.in_channels, conv.out_channels, factor.rank
     whole: dict[str, Any] = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "padding_mode": conv.padding_mode}
     if factor.kind == "separable":
-        deep = nn.Conv2d(inputs, inputs * rank, conv.kernel_size, groups=inputs, bias=False, **whole, **like)  # type: ignore[arg-type]
+        deep = nn.Conv2d(inputs, inputs * rank, conv.kernel_size, groups=inputs, bias=False, **whole, **like)
         return deep, nn.Conv2d(inputs * rank, outputs, 1, **last)
     if factor.kind == "spatial":
 
@@ -82,7 +83,7 @@ def _convolutions(conv: nn.Conv2d, factor: Factor, like: dict[str, Any], last: d
         high, wide = (conv.kernel_size[0], 1), (1, conv.kernel_size[1])
         return nn.Conv2d(inputs, rank, high, bias=False, **along(0), **like), nn.Conv2d(rank, outputs, wide, **along(1), **last)
     return (
-        nn.Conv2d(inputs, rank, conv.kernel_size, bias=False, **whole, **like),  # type: ignore[arg-type]
+        nn.Conv2d(inputs, rank, conv.kernel_size, bias=False, **whole, **like),
         nn.Conv2d(rank, outputs, 1, **last),
     )
 
@@ -214,7 +215,10 @@ def _failure(model: nn.Module, factors: Mapping[str, Factor], example: torch.Ten
         two = copy.deepcopy(dense)
         generator = torch.Generator().manual_seed(seed)
         for path, factor in factors.items():
-            put(two, path, _random_pair(dense.get_submodule(path), factor, generator))
+            new = _random_pair(dense.get_submodule(path), factor, generator)
+            with torch.no_grad():  # should the model still have the layer somewhere, it shows
+                two.get_submodule(path).weight.fill_(torch.nan)  # type: ignore[operator]
+            put(two, path, new)
         clear_caches(dense)
         clear_caches(two)
         change = relative(run_flat(two, image), run_flat(dense, image))
@@ -224,14 +228,14 @@ def _failure(model: nn.Module, factors: Mapping[str, Factor], example: torch.Ten
 
 
 @torch.no_grad()
-def _random_pair(layer: nn.Module, factor: Factor, generator: torch.Generator) -> nn.Sequential:
+def _random_pair(layer: Any, factor: Factor, generator: torch.Generator) -> nn.Module:
     """A pair with random weights, whose product the layer gets for its weight, scaled to what it was."""
     new = pair(layer, factor)
-    first, second = (new[i].weight for i in (0, 1))
+    first, second = new[0].weight, new[1].weight
     for weight in (first, second):
-        weight.copy_(torch.randn(weight.shape, generator=generator))  # type: ignore[operator]
-    product = composed(factor, first, second)  # type: ignore[arg-type]
-    scale = layer.weight.norm() / product.norm()  # type: ignore[operator, union-attr]
-    second.mul_(scale)  # type: ignore[operator]
-    layer.weight.copy_(product * scale)  # type: ignore[operator, union-attr]
+        weight.copy_(torch.randn(weight.shape, generator=generator))
+    product = composed(factor, first, second)
+    scale = layer.weight.norm() / product.norm()
+    second.mul_(scale)
+    layer.weight.copy_(product * scale)
     return new

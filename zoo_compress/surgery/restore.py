@@ -126,7 +126,6 @@ def present(model: nn.Module, variant: Variant) -> Variant:
             "params": {name: dims for name, dims in variant.params.items() if has(name, get_tensor)},
             "attributes": {path: term for path, term in variant.attributes.items() if has(path, get_attribute)},
             "scales": {path: term for path, term in variant.scales.items() if has(path, get_attribute)},
-            "factors": {path: factor for path, factor in variant.factors.items() if has(path, nn.Module.get_submodule)},
         }
     )
 
