@@ -138,6 +138,8 @@ def plan_factors(
     layers = {path: layer for path, layer in layers.items() if path not in left}
     left.update(refused(model, {path: Factor(kind=_kinds(layer, wanted)[0], rank=1) for path, layer in layers.items()}))  # type: ignore[arg-type]
     layers = {path: layer for path, layer in layers.items() if path not in left}
+    if not layers:
+        raise _nothing(model, wanted, left)
     curves, energies = {}, {}
     for path, layer in tqdm(layers.items(), desc="decompositions", unit="layer", leave=False):
         weight, seen = get_tensor(model, f"{path}.weight"), Seen.of(moments[f"{path}.weight"]) if moments else None
@@ -153,17 +155,18 @@ def plan_factors(
     chosen = _chosen(layers, curves, scales, before[wanted.unit], wanted)
     factors = {path: Factor(kind=found[0], rank=found[1]) for path, found in chosen.items() if found is not None}  # type: ignore[arg-type]
     if not factors:
-        reasons = Counter(left.values()).most_common(3)
-        raise CompressError(
-            f"{wanted.method}: no layer of {type(model).__name__} gets cheaper; "
-            + "; ".join(f"{count} left: {reason}" for reason, count in reasons)
-        )
+        raise _nothing(model, wanted, left)
     left.update({path: _why_dense(curves[path], wanted) for path, found in chosen.items() if found is None})
     kept = {path: _kept(curves[path][factor.kind], factor.rank) for path, factor in factors.items()}
     saved = {unit: sum(_cost(layers[p], None, unit) - _cost(layers[p], f, unit) for p, f in factors.items()) for unit in before}
     macs, params = ((before[unit], before[unit] - saved[unit]) for unit in before)
     left = {path: left[path] for path in order if path in left}
     return FactorPlan(wanted.method, factors, left, kept, macs, params, moments, tuple(images))
+
+
+def _nothing(model: nn.Module, wanted: Wanted, left: Mapping[str, str]) -> CompressError:
+    reasons = "; ".join(f"{count} left: {reason}" for reason, count in Counter(left.values()).most_common(3))
+    return CompressError(f"{wanted.method}: no layer of {type(model).__name__} gets cheaper; {reasons or 'it has none'}")
 
 
 def apply_factors(model: nn.Module, plan: FactorPlan) -> nn.Module:
