@@ -149,6 +149,18 @@ def test_a_changed_recipe_is_refused(whole, tmp_path):
         run(changed)
 
 
+def test_a_record_from_before_an_option_existed_is_of_the_same_recipe(whole, tmp_path):
+    path, output = whole[0] / "recipe.yaml", whole[0] / "out"
+    content = json.loads((output / "results.json").read_text())
+    del content["recipe"]["stages"][0]["clip_grad"]
+    before = (output / "results.json").read_bytes()
+    (output / "results.json").write_text(json.dumps({**content, "recipe_sha256": "0" * 64}))
+    said = []
+    run(path, log=said.append)
+    (output / "results.json").write_bytes(before)
+    assert "finished earlier" in said[0]
+
+
 def test_killed_runs_end_with_the_same_numbers(whole, tmp_path):
     recipe, output = write(tmp_path), tmp_path / "out"
 

@@ -10,6 +10,7 @@ from .methods.netaug import netaug
 from .methods.prune import prune
 from .methods.reinitialize import reinitialize
 from .methods.slimmable import slim
+from .methods.sparse import sparsify
 from .methods.subnets import SearchResult, search
 from .plugin import load, save
 from .profiling.measure import Measurement, measure
@@ -20,6 +21,7 @@ from .surgery.calibrate import calibrate
 from .surgery.resize import resize
 from .surgery.trace import analyze
 from .surgery.verify import Verification, verify
+from .training.keep import keep_packed
 from .zoo.index import list_variants
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "add_exits",
     "analyze",
     "calibrate",
+    "keep_packed",
     "list_variants",
     "load",
     "measure",
@@ -52,5 +55,6 @@ __all__ = [
     "save",
     "search",
     "slim",
+    "sparsify",
     "verify",
 ]

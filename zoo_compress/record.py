@@ -56,6 +56,7 @@ class Row(Entry):
         activation_memory: most bytes the tensors of that pass take up at one time.
         batch_size: images in that pass.
         threads: CPU threads it used.
+        file_bytes: size of its weights' file; None where it has none of its own.
     """
 
     label: str
@@ -68,6 +69,7 @@ class Row(Entry):
     activation_memory: int
     batch_size: int
     threads: int
+    file_bytes: int | None = None
 
 
 class Record(Entry):
@@ -153,7 +155,7 @@ def format_table(rows: Sequence[Row]) -> str:
         return "(no model measured)"
     first = rows[0]
     latency = f"CPU latency, ms (median ± half IQR; batch {first.batch_size}, {first.threads} thread{'s' * (first.threads > 1)})"
-    lines = [["", "parameters", "MACs", "top-1", latency]]
+    lines = [["", "parameters", "MACs", "file, bytes", "top-1", latency]]
     for row in rows:
         share = f" ({row.macs / first.macs:.1%})" if row is not first else ""
         lines.append(
@@ -161,6 +163,7 @@ def format_table(rows: Sequence[Row]) -> str:
                 row.label,
                 f"{row.params:,}",
                 f"{row.macs:,}{share}",
+                "–" if row.file_bytes is None else f"{row.file_bytes:,}",
                 f"{row.top1:.2f}%",
                 f"{row.latency_ms:.2f} ± {row.latency_iqr_ms / 2:.2f}",
             ]

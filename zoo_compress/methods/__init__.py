@@ -3,13 +3,15 @@
 from typing import TypeAlias
 
 from .exits import ExitsConfig
+from .gradual import GradualConfig
 from .netaug import NetAugConfig
 from .reinitialize import ReinitializeConfig
 from .slim import SlimConfig
+from .sparse import SparsifyConfig
 from .us import UsConfig
 
-Trained: TypeAlias = SlimConfig | UsConfig | NetAugConfig | ExitsConfig
+Trained: TypeAlias = SlimConfig | UsConfig | NetAugConfig | ExitsConfig | GradualConfig
 """Methods that a training stage of a recipe may name. A method is one file and one entry here."""
 
-Changed: TypeAlias = ReinitializeConfig
+Changed: TypeAlias = ReinitializeConfig | SparsifyConfig
 """Methods that are a stage of a recipe: they turn one model into another at once. A method is one file and one entry here."""

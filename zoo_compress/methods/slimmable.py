@@ -21,7 +21,7 @@ from ..structure.variant import record
 from ..structure.widths import groups, uniform
 from ..surgery.elastic import Elastic, make_elastic_
 from ..surgery.exits import ExitsModel
-from ..surgery.origin import origin, stamp
+from ..surgery.origin import origin, refuse_packed, stamp
 from ..surgery.resize import check_fits
 from ..surgery.trace import analyze
 
@@ -161,6 +161,7 @@ def slim(
         CompressError: If a width is out of (0, 1], two of them come to the same sizes, or no axis of the model may change.
     """
     chosen = _checked(widths, round_to)
+    refuse_packed(model, "slim")
     layout = analyze(model) if layout is None else layout
     check_fits(model, layout)
     movable = groups(layout)

@@ -10,13 +10,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.models import PretrainedCfg, _factory, get_pretrained_cfg, model_entrypoint, resolve_pretrained_cfg
 from torch import Tensor, nn
 
 from ..errors import CompressError, VariantError
 from ..methods.exiting import attach_exits_
 from ..structure.variant import OPTIONS, Variant
+from ..surgery.masks import mask_
 from ..surgery.origin import origin
+from ..surgery.packing import unpack_state
 from ..surgery.restore import check, present, restore_
 from ..surgery.rows import Boundary
 from ..zoo import index
@@ -133,6 +136,7 @@ class Request:
         if self.pretrained:
             state, where = weights.read(self.cfg, self.cache_dir)
             limit = allowance(state, where)
+            state = unpack_state(state, variant.packed, where)
             if variant.bank is not None:
                 private = {name: state.pop(name) for name in list(state) if name.startswith(PRIVATE)}
             self._check_classes(state, where)
@@ -272,6 +276,9 @@ def restored(
             whole = entrypoint(pretrained=False, **source_args)
             check(attach_exits_(whole, variant.exits) if variant.exits else whole, variant)
         restore_(built.model, fitting)
+        for name in fitting.packed:  # random weights are whole, even where they begin as zero
+            weight = built.model.get_parameter(name)
+            mask_(weight, torch.ones_like(weight, dtype=torch.bool))
         load(built)
 
     model = build(entrypoint, replace(cfg, state_dict=None), between, **args)

@@ -14,13 +14,14 @@ from . import terms
 from .bank import Bank
 from .exits import Exits
 from .layout import Layout, parse
+from .packed import Packing
 from .stored import MAX_ENTRIES, AxisName, Name, Path, Size, TermText
 
 VERSION: Literal[1] = 1
 
 OPTIONS = frozenset(
     {"variant", "keep", "macs", "params", "latency", "criterion", "scope", "round_to", "min_keep", "exclude", "seed", "base_tag"}
-    | {"batch_size", "threads", "widths", "universal", "r", "s", "exits"}
+    | {"batch_size", "threads", "widths", "universal", "r", "s", "exits", "density", "pattern", "bits"}
 )
 """Arguments of the plugin's entrypoints that say how to compress; never arguments of a base."""
 
@@ -52,6 +53,7 @@ class Variant(BaseModel):
         scales: `module.path.attr` → term `t` of a float attribute that holds size(t) ** -0.5.
         bank: What runs at many widths, in a network that does.
         exits: Early exits; their heads are part of what `params` describes.
+        packed: Parameter name → which zeros and shared values it keeps, for those that keep any.
         provenance: Recipe, seed, versions, hash of the parent checkpoint, … as JSON scalars.
     """
 
@@ -67,6 +69,7 @@ class Variant(BaseModel):
     scales: dict[Path, TermText] = Field(default={}, max_length=MAX_ENTRIES)
     bank: Bank | None = None
     exits: Exits | None = None
+    packed: dict[Path, Packing] = Field(default={}, max_length=MAX_ENTRIES)
     provenance: dict[Name, Scalar] = Field(default={}, max_length=256)
 
     @field_validator("base_args")
@@ -122,8 +125,8 @@ class Variant(BaseModel):
         return tuple(n if term is None else self.size(term) for term, n in zip(self.params[name], base, strict=True))
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as JSON values, for `config.json`. It says nothing of exits or a bank where there is none."""
-        return self.model_dump(mode="json", exclude={name for name in ("bank", "exits") if getattr(self, name) is None})
+        """The record as JSON values, for `config.json`. It says nothing of exits, a bank or packed weights where there are none."""
+        return self.model_dump(mode="json", exclude={name for name in ("bank", "exits", "packed") if not getattr(self, name)})
 
     @classmethod
     def from_dict(cls, obj: object) -> Variant:
@@ -225,6 +228,8 @@ def record(
             "scales": single(layout.scales, previous.scales if previous else {}),
             "bank": None if bank is None else bank.model_dump(),
             "exits": previous.exits.model_dump(mode="json") if previous and previous.exits else None,
+            # A bank is trained as a whole: what it had of zeros and shared values is not kept.
+            "packed": {name: p.model_dump() for name, p in previous.packed.items()} if previous and bank is None else {},
             "provenance": dict(provenance or {}),
         }
     )

@@ -356,7 +356,7 @@ def store(net: nn.Module, record: Exits, renamed: tuple[str, str] | None = None)
             kept = {name: value for name, value in terms.items() if not name.startswith(f"{HEADS}.") or name.startswith(old)}
             return {new + name.removeprefix(old) if name.startswith(old) else name: value for name, value in kept.items()}
 
-        parts = {key: moved(getattr(variant, key)) for key in ("params", "attributes", "scales")}
+        parts = {key: moved(getattr(variant, key)) for key in ("params", "attributes", "scales", "packed")}
         variant = present(net, variant.model_copy(update=parts))
     net._model_args = {**args, "variant": variant.to_dict()}  # type: ignore[assignment]
 

@@ -47,7 +47,7 @@ def one_line(error: ValidationError, leave_out: Collection[str] = ()) -> str:
     if first["type"] == "missing":
         return f"{key}: expected a value, found none{more}"
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    message = message if message.startswith("expected") else f"expected {message}"
+    message = message if "expected" in message else f"expected {message}"
     found = "" if "found" in message else f", found {_short(first['input'])}"
     return f"{key}: {message}{found}{more}"
 

@@ -191,10 +191,15 @@ class MethodTask(TrainingTask):
         if state:
             self.draws = int(state["draws"])
 
-    def start_epoch(self, epoch: int, epochs: int, optimizer: torch.optim.Optimizer) -> None:
-        """Do what has to be done before the steps of an epoch, `epoch` of `epochs`, the first being 0."""
+    def start_epoch(self, epoch: int, epochs: int, optimizer: torch.optim.Optimizer, steps: int = 1) -> None:
+        """Do what has to be done before the steps of an epoch, `epoch` of `epochs`, the first being 0, each of so many steps."""
         if isinstance(self.task, MethodTask):
-            self.task.start_epoch(epoch, epochs, optimizer)
+            self.task.start_epoch(epoch, epochs, optimizer, steps)
+
+    def end(self) -> None:
+        """Let go of network and optimizer after the last step."""
+        if isinstance(self.task, MethodTask):
+            self.task.end()
 
     def prepare_evaluation(self, net: Any, images: Iterable[object]) -> None:
         """Make a network, the trained one or its average, ready for evaluation.
