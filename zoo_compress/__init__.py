@@ -6,9 +6,11 @@ Importing the package registers its names with timm: `timm.create_model("resnet1
 from .errors import AnalysisError, CompressError, HubError, RecipeError, VariantError, VerificationError, WidthError
 from .methods.exiting import add_exits
 from .methods.exits import ExitsConfig, ExitsTask
+from .methods.factorize import factorize, plan_factorize
 from .methods.netaug import netaug
 from .methods.prune import prune
 from .methods.reinitialize import reinitialize
+from .methods.separate import plan_separate, separate
 from .methods.slimmable import slim
 from .methods.sparse import sparsify
 from .methods.subnets import SearchResult, search
@@ -42,11 +44,14 @@ __all__ = [
     "add_exits",
     "analyze",
     "calibrate",
+    "factorize",
     "keep_packed",
     "list_variants",
     "load",
     "measure",
     "netaug",
+    "plan_factorize",
+    "plan_separate",
     "plot_exits",
     "prune",
     "push_to_hub",
@@ -54,6 +59,7 @@ __all__ = [
     "resize",
     "save",
     "search",
+    "separate",
     "slim",
     "sparsify",
     "verify",

@@ -23,7 +23,7 @@ from torch import nn
 import zoo_compress as zc
 
 from .compare import check_seeds
-from .errors import CompressError, RecipeError
+from .errors import RecipeError
 from .methods.reinitialize import reinitialize
 from .recipe import EvaluateStage, Recipe, SaveStage, TrainStage, load_recipe
 from .record import Entry, aligned, machine, versions
@@ -68,21 +68,6 @@ class LotteryConfig(Config):
     rewind: Annotated[int, Field(ge=0)] = 0
     controls: tuple[Control, ...] = CONTROLS
     every: Count = 1
-
-
-def configure(**settings: Any) -> LotteryConfig:
-    """Settings from plain values.
-
-    Raises:
-        CompressError: Naming the first that is wrong, what was expected and what was found.
-    """
-    try:
-        return LotteryConfig(**settings)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"]))
-        message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-        raise CompressError(f"{key}: expected {message}, found {first['input']!r}") from error
 
 
 class Point(Entry):
