@@ -4,6 +4,7 @@ Importing the package registers its names with timm: `timm.create_model("resnet1
 """
 
 from .errors import AnalysisError, CompressError, HubError, RecipeError, VariantError, VerificationError, WidthError
+from .methods.cluster import cluster
 from .methods.exits import ExitsConfig, ExitsTask, add_exits
 from .methods.netaug import netaug
 from .methods.prune import prune
@@ -40,6 +41,7 @@ __all__ = [
     "add_exits",
     "analyze",
     "calibrate",
+    "cluster",
     "keep_packed",
     "list_variants",
     "load",

@@ -2,6 +2,7 @@
 
 from typing import TypeAlias
 
+from .cluster import ClusterConfig
 from .gradual import GradualConfig
 from .netaug import NetAugConfig
 from .reinitialize import ReinitializeConfig
@@ -12,5 +13,5 @@ from .us import UsConfig
 Trained: TypeAlias = SlimConfig | UsConfig | NetAugConfig | GradualConfig
 """Methods that a training stage of a recipe may name. A method is one file and one entry here."""
 
-Changed: TypeAlias = ReinitializeConfig | SparsifyConfig
+Changed: TypeAlias = ReinitializeConfig | SparsifyConfig | ClusterConfig
 """Methods that are a stage of a recipe: they turn one model into another at once. A method is one file and one entry here."""

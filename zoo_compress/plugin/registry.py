@@ -12,7 +12,7 @@ from timm.models import PretrainedCfg, _registry, generate_default_cfgs, list_mo
 from torch import nn
 
 from ..zoo import index
-from . import exits, netaug, pruned, slim, sparse
+from . import clustered, exits, netaug, pruned, slim, sparse
 from .remote import CONFIG
 
 KINDS: dict[str, ModuleType] = {
@@ -21,6 +21,7 @@ KINDS: dict[str, ModuleType] = {
     "netaug": netaug,
     "exits": exits,
     "sparse": sparse,
+    "clustered": clustered,
 }
 """Kind → module whose `create(base, **kwargs)` makes such a model of a timm architecture. A kind is one line here."""
 

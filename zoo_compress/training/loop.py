@@ -183,6 +183,7 @@ def fit(
         if isinstance(task, MethodTask):
             reseed(phase.seed, phase.index, epoch)  # all processes look at the same images
             task.prepare_evaluation(_result(task), calibration)
+        keeper.restore_(model)
         if task.has_ema():
             keeper.restore_(_result(task))
         metrics = evaluate(_result(task), test, processes, f"{label} test" if log else None)
