@@ -5,7 +5,8 @@ Importing the package registers its names with timm: `timm.create_model("resnet1
 
 from .errors import AnalysisError, CompressError, HubError, RecipeError, VariantError, VerificationError, WidthError
 from .methods.cluster import cluster
-from .methods.exits import ExitsConfig, ExitsTask, add_exits
+from .methods.exiting import add_exits
+from .methods.exits import ExitsConfig, ExitsTask
 from .methods.netaug import netaug
 from .methods.prune import prune
 from .methods.reinitialize import reinitialize
@@ -14,6 +15,7 @@ from .methods.sparse import sparsify
 from .methods.subnets import SearchResult, search
 from .plugin import load, save
 from .profiling.measure import Measurement, measure
+from .sharing.gallery import plot_exits
 from .sharing.push import push_to_hub
 from .structure.layout import Axis, Layout
 from .surgery.calibrate import calibrate
@@ -47,6 +49,7 @@ __all__ = [
     "load",
     "measure",
     "netaug",
+    "plot_exits",
     "prune",
     "push_to_hub",
     "reinitialize",

@@ -15,6 +15,7 @@ from typing import Any
 
 import timm
 import torch
+from pydantic import ValidationError
 from timm.models import parse_model_name
 from torch import nn
 from tqdm import tqdm
@@ -22,18 +23,19 @@ from tqdm import tqdm
 import zoo_compress as zc
 
 from .errors import CompressError, RecipeError
-from .methods.slimmable import Slimmable
 from .plan import PruneRound, Step, budget_of_round, make_plan, milestones, uncompressed
 from .plugin.weights import WEIGHTS
 from .profiling.measure import measure_many
-from .recipe import Recipe, SaveStage, load_recipe
+from .profiling.settings import ways
+from .recipe import Recipe, SaveStage, load_recipe, methods_of
 from .record import RECORD_NAME, Record, Row, StepRecord, machine, read_record, versions, write_record
+from .sharing.recipe_text import recipe_of
 from .training.config import FinetuneConfig, TrainConfig
-from .training.data import calibration_batches, check_fits, eval_loader, train_loader
+from .training.data import calibration_batches, check_fits, eval_loader, held_out_batches, train_loader
 from .training.distributed import Processes, init_processes
 from .training.loop import Epoch, Phase, evaluate, fit, reseed
 from .training.sources import Source, default_pretrained_cfg, open_source
-from .training.task import ChangeConfig
+from .training.task import ChangeConfig, nested
 
 STEPS_FOLDER = "steps"
 STATE_NAME = "training.safetensors"
@@ -142,7 +144,7 @@ def _earlier(path: str | Path, recipe: Recipe, output: Path, processes: Processe
     record = read_record(output)
     if record is None:
         return None
-    if record.recipe_sha256 != recipe.sha256:
+    if not _is_of(record, recipe):
         raise RecipeError(
             f"{path}: expected the recipe of the run in {output}, found a changed one; use --fresh to start over, or another output"
         )
@@ -151,6 +153,14 @@ def _earlier(path: str | Path, recipe: Recipe, output: Path, processes: Processe
             f"{path}: expected to go on with {record.world_size} processes, found {processes.world_size}; use --fresh to start over"
         )
     return record if record.steps else None
+
+
+def _is_of(record: Record, recipe: Recipe) -> bool:
+    # Not by the hash it has: that of a record from before an option existed lacks the option's default.
+    try:
+        return recipe_of(record.recipe).sha256 == recipe.sha256
+    except (ValidationError, KeyError, TypeError):
+        return False
 
 
 def create(recipe: Recipe) -> nn.Module:
@@ -215,7 +225,8 @@ def _fit_step(run: Run, step: Step) -> Result:
         dense = uncompressed(run.plan)
         teacher = _teacher(config.distill.teacher) if config.distill.teacher else zc.load(run.folder(dense)) if dense else None
     loaders = train_loader(run.source, data, model, run.processes), eval_loader(run.source, data, model, run.processes)
-    method = getattr(config, "method", None)
+    methods = methods_of(config)
+    method = nested(methods) if methods else None
     calibration: Any = ()
     if method is not None:
         calibration = calibration_batches(run.source, data, model, method.calibration_batches)
@@ -236,7 +247,7 @@ def _fit_step(run: Run, step: Step) -> Result:
     last = history[-1]
     if method is not None:
         reseed(run.recipe.seed, step.index, config.epochs)
-        model = method.finish(model, calibration)
+        model = method.finish(model, calibration, held_out_batches(run.source, data, model) or ())
     return Result(model.cpu(), {"loss": last.loss, "top1": last.top1, "top5": last.top5}, tuple(history))
 
 
@@ -299,7 +310,7 @@ def _size(model: nn.Module) -> dict[str, int]:
 
 
 def _evaluate_step(run: Run, step: Step) -> Result:
-    found = {label: _evaluated(run, model, label) for label, model in _by_width(step.label, zc.load(run.latest())).items()}
+    found = {label: _evaluated(run, model, label) for label, model in _by_way(step.label, zc.load(run.latest())).items()}
     for label, metrics in found.items():
         run.log(f"{label}: test loss {metrics['loss']:.4f}, top-1 {metrics['top1']:.2f}%")
     return Result(metrics=found if len(found) > 1 else found[step.label])
@@ -319,7 +330,7 @@ def _report_step(run: Run, step: Step) -> Result:
     models: dict[str, nn.Module] = {}
     folders: dict[str, Path] = {}
     for label, made in milestones(run.plan).items():
-        models.update(_by_width(label, zc.load(run.folder(made))))
+        models.update(_by_way(label, zc.load(run.folder(made))))
         folders[label] = run.folder(made)
     saves = [done for done in run.record.steps if done.kind == "save"]
     if saves:
@@ -337,7 +348,8 @@ def _report_step(run: Run, step: Step) -> Result:
     if not run.processes.primary:
         return Result()
     config = run.recipe.measure
-    statics = {label: model.export() if isinstance(model, Slimmable) else model for label, model in models.items()}
+    # A network of several widths is measured as what it exports: that is what runs where time matters.
+    statics = {label: next(iter(ways(model).values())) for label, model in models.items()}
     costs = measure_many({label: model.cpu() for label, model in statics.items()}, config.batch_size, config.threads, runs=config.runs)
     sizes = {label: (folder / WEIGHTS).stat().st_size for label, folder in folders.items()}
     rows = tuple(Row(label=label, top1=top1[label], file_bytes=sizes.get(label), **asdict(cost)) for label, cost in costs.items())
@@ -355,11 +367,9 @@ _ACTIONS: dict[str, Callable[[Run, Step], Result]] = {
 }
 
 
-def _by_width(label: str, model: nn.Module) -> dict[str, nn.Module]:
-    """The model, or each width of one that has several, the widest first."""
-    if not isinstance(model, Slimmable):
-        return {label: model}
-    return {f"{label} ×{width:g}": model.export(width) for width in model.widths[::-1]}
+def _by_way(label: str, model: nn.Module) -> dict[str, nn.Module]:
+    """The model, or every way to run one that has several: its widths, its exits."""
+    return {f"{label} {way}".rstrip(): found for way, found in ways(model).items()}
 
 
 def _evaluated(run: Run, model: nn.Module, label: str) -> dict[str, float]:

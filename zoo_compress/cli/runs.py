@@ -1,6 +1,7 @@
 """Commands that run for long: recipes, and the table over timm's registry."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -69,6 +70,36 @@ def rethink(recipe: Path, seeds: tuple[int, ...]) -> None:
     from ..rethink import rethink as run_all
 
     click.echo(format_lines(run_all(recipe, seeds)))
+
+
+@cli.command(
+    epilog=examples(
+        "zoo-compress lottery recipes/elastic/fmnist_alone_100.yaml",
+        "zoo-compress lottery RECIPE --rounds 12 --rewind 100 --control reinit --seeds 0 --seeds 1 --plot tickets.png",
+    )
+)
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--rounds", type=int, default=8, show_default=True, help="How often weights are removed.")
+@click.option("--fraction", type=float, default=0.2, show_default=True, help="Of the remaining weights, how many a round removes.")
+@click.option("--output-fraction", type=float, help="The same for the output layer, in the local scope; half of --fraction unless given.")
+@click.option("--scope", default="local", show_default=True, help="local removes as much of each layer, global the smallest of all.")
+@click.option("--rewind", type=int, default=0, show_default=True, help="Step of the first training that every ticket starts from.")
+@click.option("--control", "controls", multiple=True, help="reinit, random, signs or finetune; repeat for more, all unless given.")
+@click.option("--every", type=int, default=1, show_default=True, help="Controls at every so many rounds.")
+@click.option("--plot", "picture", type=click.Path(path_type=Path, dir_okay=False), help="Image file for the curves.")
+@click.option("--seeds", type=int, multiple=True, default=(0,), show_default=True, help="A seed to run with; repeat for more.")
+def lottery(recipe: Path, seeds: tuple[int, ...], picture: Path | None, controls: tuple[str, ...], **settings: Any) -> None:
+    """Draw lottery tickets: repeat RECIPE's training with ever fewer of its weights, each time from their values at its beginning.
+
+    Prints accuracy against the weights that are left, for tickets and controls (Frankle & Carbin 2019). Goes on where it was stopped.
+    """
+    from ..lottery import CONTROLS, LotteryConfig, curves, format_curves, plot
+    from ..lottery import lottery as run_all
+
+    table = curves(run_all(recipe, LotteryConfig(controls=controls or CONTROLS, **settings), seeds))
+    click.echo(format_curves(table))
+    if picture is not None:
+        plot(table, picture, recipe.stem)
 
 
 @cli.command(

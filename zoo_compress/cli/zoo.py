@@ -131,7 +131,10 @@ def publish(owner: str, file: Path | None, runs: Path, tag: str | None, private:
 @click.argument("recipe")
 @click.option("--cards", type=click.Path(path_type=Path), default="model_cards", show_default=True, help="Folder of cards.")
 @click.option("--index", "file", type=click.Path(path_type=Path), help="The index to write; the package's own unless given.")
-def ship(directory: Path, name: str, recipe: str, cards: Path, file: Path | None) -> None:
+@click.option(
+    "--seed-run", "seeds", multiple=True, type=click.Path(path_type=Path), help="Output folder of the same recipe with another seed."
+)
+def ship(directory: Path, name: str, recipe: str, cards: Path, file: Path | None, seeds: tuple[Path, ...]) -> None:
     """Add a finished run to the zoo (for maintainers): index, card, and weights below 1 MB.
 
     DIR is the output folder of RECIPE, a file in recipes/; NAME is BASE__METHOD.TAG.
@@ -139,7 +142,7 @@ def ship(directory: Path, name: str, recipe: str, cards: Path, file: Path | None
     from ..sharing.ship import ship as add
     from ..zoo.index import INDEX
 
-    entry = add(directory, name, recipe, cards=cards, file=file or INDEX)
+    entry = add(directory, name, recipe, seeds=seeds, cards=cards, file=file or INDEX)
     click.echo(f"{entry.name}: {entry.size:,} bytes, {'shipped' if entry.checkpoint else 'too large to ship: its recipe makes it'}")
 
 

@@ -3,6 +3,7 @@
 from typing import TypeAlias
 
 from .cluster import ClusterConfig
+from .exits import ExitsConfig
 from .gradual import GradualConfig
 from .netaug import NetAugConfig
 from .reinitialize import ReinitializeConfig
@@ -10,7 +11,7 @@ from .slim import SlimConfig
 from .sparse import SparsifyConfig
 from .us import UsConfig
 
-Trained: TypeAlias = SlimConfig | UsConfig | NetAugConfig | GradualConfig
+Trained: TypeAlias = SlimConfig | UsConfig | NetAugConfig | GradualConfig | ExitsConfig
 """Methods that a training stage of a recipe may name. A method is one file and one entry here."""
 
 Changed: TypeAlias = ReinitializeConfig | SparsifyConfig | ClusterConfig

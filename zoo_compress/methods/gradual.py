@@ -67,7 +67,7 @@ class GradualConfig(MethodConfig):
     def task(self, task: TrainingTask, seed: int) -> GradualTask:
         return GradualTask(task, self, seed)
 
-    def finish(self, net: Any, images: Iterable[object]) -> nn.Module:
+    def finish(self, net: Any, images: Iterable[object], held_out: Iterable[object] = ()) -> nn.Module:
         stamp_packed(net, "sparse", dict.fromkeys(layer_weights(net, self.exclude), Packing(mask=True)))
         return net
 

@@ -65,7 +65,7 @@ class NetAugConfig(MethodConfig):
     def task(self, task: TrainingTask, seed: int) -> NetAugTask:
         return NetAugTask(task, alpha=self.alpha, sort=self.sort, sort_momentum=self.sort_momentum, seed=seed)
 
-    def finish(self, net: Any, images: Iterable[object]) -> nn.Module:
+    def finish(self, net: Any, images: Iterable[object], held_out: Iterable[object] = ()) -> nn.Module:
         return net.export()
 
 

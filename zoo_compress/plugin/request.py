@@ -15,8 +15,8 @@ from timm.models import PretrainedCfg, _factory, get_pretrained_cfg, model_entry
 from torch import Tensor, nn
 
 from ..errors import CompressError, VariantError
+from ..methods.exiting import attach_exits_
 from ..structure.variant import OPTIONS, Variant
-from ..surgery.exits import attach_
 from ..surgery.masks import mask_
 from ..surgery.origin import origin
 from ..surgery.packing import unpack_state
@@ -269,12 +269,12 @@ def restored(
 
     def between(built: Built) -> None:
         if variant.exits and not args.get("features_only"):
-            attach_(built.model, variant.exits, boundaries)
+            attach_exits_(built.model, variant.exits, boundaries)
         fitting = present(built.model, variant)
         if fitting != variant:
             # The model was asked for without its classifier, or as features. The record must still fit what it was made of.
             whole = entrypoint(pretrained=False, **source_args)
-            check(attach_(whole, variant.exits) if variant.exits else whole, variant)
+            check(attach_exits_(whole, variant.exits) if variant.exits else whole, variant)
         restore_(built.model, fitting)
         for name in fitting.packed:  # random weights are whole, even where they begin as zero
             weight = built.model.get_parameter(name)

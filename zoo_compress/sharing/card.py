@@ -78,13 +78,28 @@ def write(directory: str | Path, seeds: Sequence[str | Path] = ()) -> Path:
     folder = saved_folder(Path(directory))
     if folder is None:
         raise CompressError(f"{directory}: expected a run that saved a model, found no save stage in its record")
-    others = tuple(finished(Path(other)) for other in seeds)
-    for other, where in zip(others, seeds, strict=True):
-        if {**other.recipe, **_own(record)} != record.recipe or other.seed == record.seed:
-            raise CompressError(f"{where}: expected the recipe of {directory} with another seed, found another recipe or the same seed")
-    subject = Subject(load(folder), folder, HERE, record, others)
+    subject = Subject(load(folder), folder, HERE, record, of_seeds(record, seeds))
     write_atomic(folder / README, render(subject, draw(subject, folder)).encode())
     return folder
+
+
+def of_seeds(record: Record, seeds: Sequence[str | Path]) -> tuple[Record, ...]:
+    """Records of the same recipe with other seeds.
+
+    Args:
+        record: Of the run they are to stand beside.
+        seeds: Output folders of the others.
+
+    Raises:
+        CompressError: One is no finished run of that recipe, or of a seed that is there already.
+    """
+    found = [record]
+    for where in seeds:
+        other = finished(Path(where))
+        if {**other.recipe, **_own(record)} != record.recipe or other.seed in {each.seed for each in found}:
+            raise CompressError(f"{where}: expected the recipe of the run with another seed, found another recipe or the same seed")
+        found.append(other)
+    return tuple(found[1:])
 
 
 def draw(subject: Subject, folder: Path, name: str = PICTURE) -> str | None:
