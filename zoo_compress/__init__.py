@@ -4,6 +4,7 @@ Importing the package registers its names with timm: `timm.create_model("resnet1
 """
 
 from .errors import AnalysisError, CompressError, HubError, RecipeError, VariantError, VerificationError, WidthError
+from .methods.binary import quantize
 from .methods.cluster import cluster
 from .methods.exiting import add_exits
 from .methods.exits import ExitsConfig, ExitsTask
@@ -52,6 +53,7 @@ __all__ = [
     "plot_exits",
     "prune",
     "push_to_hub",
+    "quantize",
     "reinitialize",
     "resize",
     "save",

@@ -16,6 +16,8 @@ from zoo_compress.surgery.packing import as_integers
 CREATED = {
     "sparse": ("test_resnet__sparse", {"density": 0.1}),
     "clustered": ("test_resnet__clustered", {"bits": 3}),
+    "binary": ("test_resnet__binary", {}),
+    "ternary": ("test_resnet__ternary", {"exclude": ["fc.weight"]}),
 }
 
 

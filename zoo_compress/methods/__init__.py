@@ -2,6 +2,7 @@
 
 from typing import TypeAlias
 
+from .binary import BinaryConfig, TernaryConfig
 from .cluster import ClusterConfig
 from .exits import ExitsConfig
 from .gradual import GradualConfig
@@ -11,7 +12,7 @@ from .slim import SlimConfig
 from .sparse import SparsifyConfig
 from .us import UsConfig
 
-Trained: TypeAlias = SlimConfig | UsConfig | NetAugConfig | GradualConfig | ExitsConfig
+Trained: TypeAlias = SlimConfig | UsConfig | NetAugConfig | GradualConfig | BinaryConfig | TernaryConfig | ExitsConfig
 """Methods that a training stage of a recipe may name. A method is one file and one entry here."""
 
 Changed: TypeAlias = ReinitializeConfig | SparsifyConfig | ClusterConfig

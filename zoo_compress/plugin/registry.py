@@ -12,7 +12,7 @@ from timm.models import PretrainedCfg, _registry, generate_default_cfgs, list_mo
 from torch import nn
 
 from ..zoo import index
-from . import clustered, exits, netaug, pruned, slim, sparse
+from . import binary, clustered, exits, netaug, pruned, slim, sparse, ternary
 from .remote import CONFIG
 
 KINDS: dict[str, ModuleType] = {
@@ -22,6 +22,8 @@ KINDS: dict[str, ModuleType] = {
     "exits": exits,
     "sparse": sparse,
     "clustered": clustered,
+    "binary": binary,
+    "ternary": ternary,
 }
 """Kind → module whose `create(base, **kwargs)` makes such a model of a timm architecture. A kind is one line here."""
 
