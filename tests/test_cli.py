@@ -26,7 +26,24 @@ def saved(tmp_path_factory):
     return folder, invoke("prune", "test_resnet", "--macs", 0.5, "--round-to", 4, "-o", folder, *TINY).output
 
 
-COMMANDS = ["run", "inspect", "prune", "eval", "measure", "coverage", "list", "pull", "push", "card", "verify", "publish", "ship", "export"]
+COMMANDS = [
+    "run",
+    "inspect",
+    "prune",
+    "eval",
+    "measure",
+    "coverage",
+    "list",
+    "pull",
+    "push",
+    "card",
+    "verify",
+    "publish",
+    "ship",
+    "export",
+    "factorize",
+    "separate",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -175,3 +192,16 @@ def test_bugs_keep_their_traceback(monkeypatch):
     monkeypatch.setattr("zoo_compress.cli.models.load_model", bug)
     result = CliRunner().invoke(cli, ["inspect", "test_resnet"])
     assert isinstance(result.exception, ZeroDivisionError)
+
+
+def test_factorize_saves_what_it_plans(tmp_path):
+    output = invoke("factorize", "test_vit", "--macs", 0.8, "--data", "digits", "--images", 32, "-o", tmp_path / "low", *TINY).output
+    small = zc.analyze(zc.load(tmp_path / "low"))
+    assert f"→ {small.macs():,} (" in output
+    assert "a classifier: made anew for other classes" in output
+    invoke("factorize", "test_vit", "--macs", 0.8, "-o", tmp_path / "low", *TINY, code=2)  # not empty any more
+
+
+def test_separate_saves_what_it_plans(tmp_path):
+    output = invoke("separate", "test_resnet", "-o", tmp_path / "separable", *TINY).output
+    assert f"→ {zc.analyze(zc.load(tmp_path / 'separable')).num_params():,} (" in output

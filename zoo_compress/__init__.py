@@ -8,9 +8,11 @@ from .methods.binary import quantize
 from .methods.cluster import cluster
 from .methods.exiting import add_exits
 from .methods.exits import ExitsConfig, ExitsTask
+from .methods.factorize import factorize, plan_factorize
 from .methods.netaug import netaug
 from .methods.prune import prune
 from .methods.reinitialize import reinitialize
+from .methods.separate import plan_separate, separate
 from .methods.slimmable import slim
 from .methods.sparse import sparsify
 from .methods.subnets import SearchResult, search
@@ -45,11 +47,14 @@ __all__ = [
     "analyze",
     "calibrate",
     "cluster",
+    "factorize",
     "keep_packed",
     "list_variants",
     "load",
     "measure",
     "netaug",
+    "plan_factorize",
+    "plan_separate",
     "plot_exits",
     "prune",
     "push_to_hub",
@@ -58,6 +63,7 @@ __all__ = [
     "resize",
     "save",
     "search",
+    "separate",
     "slim",
     "sparsify",
     "verify",

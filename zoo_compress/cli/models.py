@@ -121,7 +121,7 @@ def prune(
     if reconstruct and source is None:
         raise CompressError("--reconstruct: expected --data with images to reconstruct from, found none")
     loaded = load_model(model, pretrained, args)
-    data = None if source is None else _calibration_data(loaded, source, data_root, images)
+    data = None if source is None else calibration_data(loaded, source, data_root, images)
     small = zc.prune(
         loaded,
         keep=keep,
@@ -147,7 +147,7 @@ def prune(
     click.echo(f"saved to {output}; nothing was fine-tuned")
 
 
-def _calibration_data(model: "nn.Module", source: str, root: str | None, images: int) -> "Batches":
+def calibration_data(model: "nn.Module", source: str, root: str | None, images: int) -> "Batches":
     """Training images of a data source, shuffled, as the model wants them; the same ones every time."""
     from ..training.config import DataConfig
     from ..training.data import calibration_batches

@@ -88,7 +88,7 @@ def rethink(recipe: Path, seeds: tuple[int, ...]) -> None:
 @click.option("--every", type=int, default=1, show_default=True, help="Controls at every so many rounds.")
 @click.option("--plot", "picture", type=click.Path(path_type=Path, dir_okay=False), help="Image file for the curves.")
 @click.option("--seeds", type=int, multiple=True, default=(0,), show_default=True, help="A seed to run with; repeat for more.")
-def lottery(recipe: Path, seeds: tuple[int, ...], picture: Path | None, controls: tuple[str, ...], **settings: Any) -> None:
+def lottery(recipe: Path, seeds: tuple[int, ...], picture: Path | None, controls: Any, **settings: Any) -> None:
     """Draw lottery tickets: repeat RECIPE's training with ever fewer of its weights, each time from their values at its beginning.
 
     Prints accuracy against the weights that are left, for tickets and controls (Frankle & Carbin 2019). Goes on where it was stopped.

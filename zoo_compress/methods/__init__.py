@@ -5,9 +5,11 @@ from typing import TypeAlias
 from .binary import BinaryConfig, TernaryConfig
 from .cluster import ClusterConfig
 from .exits import ExitsConfig
+from .factorize import FactorizeConfig
 from .gradual import GradualConfig
 from .netaug import NetAugConfig
 from .reinitialize import ReinitializeConfig
+from .separate import SeparateConfig
 from .slim import SlimConfig
 from .sparse import SparsifyConfig
 from .us import UsConfig
@@ -15,5 +17,5 @@ from .us import UsConfig
 Trained: TypeAlias = SlimConfig | UsConfig | NetAugConfig | GradualConfig | BinaryConfig | TernaryConfig | ExitsConfig
 """Methods that a training stage of a recipe may name. A method is one file and one entry here."""
 
-Changed: TypeAlias = ReinitializeConfig | SparsifyConfig | ClusterConfig
+Changed: TypeAlias = ReinitializeConfig | SparsifyConfig | ClusterConfig | FactorizeConfig | SeparateConfig
 """Methods that are a stage of a recipe: they turn one model into another at once. A method is one file and one entry here."""

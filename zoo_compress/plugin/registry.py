@@ -12,7 +12,7 @@ from timm.models import PretrainedCfg, _registry, generate_default_cfgs, list_mo
 from torch import nn
 
 from ..zoo import index
-from . import binary, clustered, exits, netaug, pruned, slim, sparse, ternary
+from . import binary, clustered, exits, lowrank, netaug, pruned, separable, slim, sparse, ternary
 from .remote import CONFIG
 
 KINDS: dict[str, ModuleType] = {
@@ -20,6 +20,8 @@ KINDS: dict[str, ModuleType] = {
     "slim": slim,
     "netaug": netaug,
     "exits": exits,
+    "lowrank": lowrank,
+    "separable": separable,
     "sparse": sparse,
     "clustered": clustered,
     "binary": binary,

@@ -13,6 +13,7 @@ from ..errors import VariantError
 from . import terms
 from .bank import Bank
 from .exits import Exits
+from .factors import Factor
 from .layout import Layout, parse
 from .packed import Packing
 from .stored import MAX_ENTRIES, AxisName, Name, Path, Size, TermText
@@ -21,7 +22,7 @@ VERSION: Literal[1] = 1
 
 OPTIONS = frozenset(
     {"variant", "keep", "macs", "params", "latency", "criterion", "scope", "round_to", "min_keep", "exclude", "seed", "base_tag"}
-    | {"batch_size", "threads", "widths", "universal", "r", "s", "exits", "density", "pattern", "bits"}
+    | {"batch_size", "threads", "widths", "universal", "r", "s", "exits", "density", "pattern", "bits", "energy", "scheme", "multiplier"}
 )
 """Arguments of the plugin's entrypoints that say how to compress; never arguments of a base."""
 
@@ -54,6 +55,7 @@ class Variant(BaseModel):
         bank: What runs at many widths, in a network that does.
         exits: Early exits; their heads are part of what `params` describes.
         packed: Parameter name → which zeros and shared values it keeps, for those that keep any.
+        factors: Path of a layer of the base → the two that take its place, which `params` describes then.
         provenance: Recipe, seed, versions, hash of the parent checkpoint, … as JSON scalars.
     """
 
@@ -70,6 +72,7 @@ class Variant(BaseModel):
     bank: Bank | None = None
     exits: Exits | None = None
     packed: dict[Path, Packing] = Field(default={}, max_length=MAX_ENTRIES)
+    factors: dict[Path, Factor] = Field(default={}, max_length=MAX_ENTRIES)
     provenance: dict[Name, Scalar] = Field(default={}, max_length=256)
 
     @field_validator("base_args")
@@ -125,8 +128,9 @@ class Variant(BaseModel):
         return tuple(n if term is None else self.size(term) for term, n in zip(self.params[name], base, strict=True))
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as JSON values, for `config.json`. It says nothing of exits, a bank or packed weights where there are none."""
-        return self.model_dump(mode="json", exclude={name for name in ("bank", "exits", "packed") if not getattr(self, name)})
+        """The record as JSON values, for `config.json`. It does not mention what the model has not: bank, exits, packed, factors."""
+        optional = ("bank", "exits", "packed", "factors")
+        return self.model_dump(mode="json", exclude={name for name in optional if not getattr(self, name)})
 
     @classmethod
     def from_dict(cls, obj: object) -> Variant:
@@ -230,6 +234,7 @@ def record(
             "exits": previous.exits.model_dump(mode="json") if previous and previous.exits else None,
             # A bank is trained as a whole: what it had of zeros and shared values is not kept.
             "packed": {name: p.model_dump() for name, p in previous.packed.items()} if previous and bank is None else {},
+            "factors": {path: factor.model_dump() for path, factor in previous.factors.items()} if previous else {},
             "provenance": dict(provenance or {}),
         }
     )

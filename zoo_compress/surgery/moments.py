@@ -121,7 +121,8 @@ def gather(
         except MODEL_ERRORS as error:
             raise CompressError(f"data: expected batches of images that {type(model).__name__} takes: {error}") from error
         if sensitivity:
-            torch.autograd.grad(own_loss(output, generator, logits=gives_logits(model, output)), image)
+            with torch.enable_grad():  # wherever this is called
+                torch.autograd.grad(own_loss(output, generator, logits=gives_logits(model, output)), image)
     for name, moments in watch.found.items():
         moments.sensitivity /= count
         if not moments.sums.isfinite().all() or not moments.sensitivity.isfinite().all():

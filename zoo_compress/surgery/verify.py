@@ -66,7 +66,7 @@ def verify(model: nn.Module, layout: Layout, example_input: torch.Tensor | None 
     _check_fits(model, layout)
     generator = np.random.default_rng(seed)
     example = example_input if example_input is not None else default_input(model)
-    subject, image, expected = _subject(model, tuple(example.shape), seed, double=True)
+    subject, image, expected = randomised(model, tuple(example.shape), seed, double=True)
     change = _permutation_proof(subject, layout, generator, image, expected)
     widths = random_widths(layout, generator)
     macs = _resize_proof(subject, layout, widths, image)
@@ -94,11 +94,11 @@ def prove_permutation(model: nn.Module, layout: Layout, example_input: torch.Ten
     _check_fits(model, layout)
     example = example_input if example_input is not None else default_input(model)
     shape = (1, *example.shape[1:])
-    subject, image, expected = _subject(model, shape, seed, double=False)
+    subject, image, expected = randomised(model, shape, seed, double=False)
     change = _permutation_error(subject, layout, _movable(layout), np.random.default_rng(seed), image, expected)
     if change < ROUNDING:
         return change
-    subject, image, expected = _subject(model, shape, seed, double=True)
+    subject, image, expected = randomised(model, shape, seed, double=True)
     return _permutation_proof(subject, layout, np.random.default_rng(seed), image, expected)
 
 
@@ -113,7 +113,7 @@ def _movable(layout: Layout) -> list[str]:
     return [name for name in layout.free if not layout.axes[name].ordered and layout.axes[name].size > 1]
 
 
-def _subject(model: nn.Module, shape: tuple[int, ...], seed: int, *, double: bool) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+def randomised(model: nn.Module, shape: tuple[int, ...], seed: int, *, double: bool) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     """A randomised copy in eval mode, an input for it and its output; with `double`, in double precision if the model runs in it."""
     generator = torch.Generator().manual_seed(seed)
     image = torch.randn(shape, generator=generator)
@@ -126,11 +126,11 @@ def _subject(model: nn.Module, shape: tuple[int, ...], seed: int, *, double: boo
     if double and (parameter is None or parameter.dtype in (torch.float32, torch.float64)):
         precise = copy.deepcopy(subject).double()
         try:
-            return precise, image.double(), _run(precise, image.double())
+            return precise, image.double(), run_flat(precise, image.double())
         except RuntimeError:  # a model that mixes dtypes runs in its own only
             clear_caches(subject)
     image = image.to(parameter.dtype if parameter is not None else image.dtype)
-    return subject, image, _run(subject, image)
+    return subject, image, run_flat(subject, image)
 
 
 def randomise_(model: nn.Module, generator: torch.Generator) -> None:
@@ -163,7 +163,8 @@ def _settle(model: nn.Module, generator: torch.Generator, shape: tuple[int, ...]
             tensors[name].copy_(value + (spread - 0.5) * value.std(correction=0))
 
 
-def _run(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
+def run_flat(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
+    """Every output of a model on a batch, flattened into one tensor."""
     with torch.no_grad(), every_output(model):
         return flat(model(image))
 
@@ -173,7 +174,8 @@ def flat(output: Any) -> torch.Tensor:
     return torch.cat([leaf.reshape(-1) for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)])
 
 
-def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative difference (L2) of two tensors."""
     return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
@@ -194,7 +196,7 @@ def _permutation_error(
     pick = {name: generator.permutation(layout.axes[name].size) for name in names}
     permuted = permuted_copy(model, layout, pick)
     clear_caches(permuted)
-    return _relative(_run(permuted, image), expected)
+    return relative(run_flat(permuted, image), expected)
 
 
 def _guilty(
@@ -273,7 +275,7 @@ def _zeroing_error(model: nn.Module, layout: Layout, widths: Mapping[str, np.nda
         if mask is not None and tensor.is_floating_point():
             tensor.mul_(mask.to(tensor.dtype))
     clear_caches(zeroed)
-    return _relative(_run(resize(model, layout, chosen).eval(), image), _run(zeroed, image))
+    return relative(run_flat(resize(model, layout, chosen).eval(), image), run_flat(zeroed, image))
 
 
 def _mask(layout: Layout, name: str, chosen: dict[str, np.ndarray]) -> torch.Tensor | None:

@@ -1,0 +1,205 @@
+"""Factorising on all of timm: does every family survive it, from the plan to the reloaded file?
+
+Claim: `zc.factorize(model, macs=0.7)` gives on every model file of timm a model that runs forward and backward, has exactly the MACs and
+parameters computed, and is created again by name with the same outputs to the bit; layers that the model does not bear to be two are left,
+with a reason.
+
+The architecture with the fewest MACs of each of timm's model files (tests/test_models.py), or those of `--models`, with random weights:
+
+- factorised: `zc.factorize` returned (it compares MACs and parameters with an analysis);
+- trained: it runs forward and backward on a batch of two, and all parameters that had gradients before have finite ones;
+- proven: as the layers' weights are composed again to one, the dense model gives the same (relative change of the logits below 1e-4);
+- reloaded: saved and created again by plain `timm.create_model`, outputs equal bit by bit;
+- pruned: `zc.prune(…, macs=0.7)` of it, saved and reloaded bit-equal.
+
+`left` says how many linear layers and convolutions stay for which reason. Each model runs in a process of its own with one thread and a
+limit of time; rows go to a CSV file as they come, and are not done again when the command is run again.
+
+    python tests/benchmarks/factorize_families.py --csv /tmp/factors.csv
+    python tests/benchmarks/factorize_families.py --csv /tmp/few.csv --models test_resnet test_vit --separable
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import copy
+import csv
+import multiprocessing
+import re
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+import zoo_compress as zc
+from zoo_compress.structure.factors import Factor
+from zoo_compress.surgery.factors import composed
+from zoo_compress.surgery.verify import flat
+
+CHECKS = ("factorised", "trained", "proven", "reloaded", "pruned")
+FIELDS = ("model", "method", *CHECKS, "seconds", "layers", "left", "macs", "params", "error")
+
+
+def steps(name: str, method: str) -> Iterator[tuple[str, str]]:
+    """Do what the columns say, one after the other, yielding (column, value)."""
+    torch.manual_seed(0)
+    model = timm.create_model(name)
+    model = (model if getattr(model, "num_classes", 0) else timm.create_model(name, num_classes=1000)).eval()
+    for module in model.modules():  # fresh statistics and scales would hide mistakes
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            nn.init.normal_(module.running_mean, std=0.1)
+    image = torch.randn(2, *model.pretrained_cfg["input_size"])
+    layout = zc.analyze(model)
+    plan = zc.plan_separate(model) if method == "separable" else zc.plan_factorize(model, macs=0.7)
+    yield "layers", str(len(plan.factors))
+    yield "left", "; ".join(f"{count} {reason}" for reason, count in collections.Counter(plan.left.values()).most_common())
+    small = zc.separate(model, layout=layout) if method == "separable" else zc.factorize(model, macs=0.7, layout=layout)
+    yield "macs", f"{plan.macs[1] / plan.macs[0]:.3f}"
+    yield "params", f"{plan.params[1] / plan.params[0]:.3f}"
+    yield "factorised", "yes"
+    yield "trained", _trains(model, small, image)
+    yield "proven", _proven(model, small.eval(), plan.factors, image)
+    with tempfile.TemporaryDirectory() as folder:
+        zc.save(small, folder)
+        yield "reloaded", _equal(timm.create_model(f"local-dir:{folder}", pretrained=True), small, image)
+        pruned = zc.prune(small, macs=0.7)
+        zc.save(pruned, folder)
+        yield "pruned", _equal(timm.create_model(f"local-dir:{folder}", pretrained=True), pruned, image)
+
+
+def _trains(model: nn.Module, small: nn.Module, image: torch.Tensor) -> str:
+    had, has = (_gradients(each, image) for each in (model, small))
+    lost = {name for name in had - has if not any(name.startswith(f"{path}.") for path, m in small.named_modules() if _is_pair(m))}
+    return "no" if lost else "yes"
+
+
+def _gradients(model: nn.Module, image: torch.Tensor) -> set[str]:
+    trained = copy.deepcopy(model).train()
+    flat(trained(image)).sum().backward()
+    return {name for name, p in trained.named_parameters() if p.grad is not None and bool(p.grad.isfinite().all())}
+
+
+def _is_pair(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential) and len(module) == 2
+
+
+@torch.no_grad()
+def _proven(model: nn.Module, small: nn.Module, factors: dict[str, Factor], image: torch.Tensor) -> str:
+    dense = copy.deepcopy(model)
+    for path, factor in factors.items():
+        two = small.get_submodule(path)
+        dense.get_submodule(path).weight.copy_(composed(factor, two[0].weight, two[1].weight))
+    change = float("inf")
+    with contextlib.suppress(RuntimeError):  # a model that mixes dtypes runs in its own only
+        expected, found = flat(dense.double()(image.double())), flat(copy.deepcopy(small).double()(image.double()))
+        change = float((found - expected).norm() / expected.norm())
+    if change == float("inf"):
+        expected, found = flat(dense.float()(image)), flat(small(image))
+        change = float((found - expected).norm() / expected.norm())
+    return "yes" if change < 1e-4 else f"no ({change:.2g})"
+
+
+def _equal(again: nn.Module, small: nn.Module, image: torch.Tensor) -> str:
+    with torch.no_grad():
+        return "yes" if torch.equal(flat(again.eval()(image)), flat(small.eval()(image))) else "no"
+
+
+def _work(pipe: Connection, name: str, method: str) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    try:
+        for column, value in steps(name, method):
+            pipe.send((column, value))
+    except Exception as error:  # whatever happens on a model is its result
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        pipe.send(("error", f"{type(error).__name__}: {' '.join(str(error).split())[:240]} ({Path(place.filename).name}:{place.lineno})"))
+    pipe.send(("end", ""))
+
+
+def run(name: str, method: str, limit: float) -> dict[str, Any]:
+    """One row of the table, from a process of its own."""
+    receiver, sender = multiprocessing.get_context("fork").Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=_work, args=(sender, name, method), daemon=True)
+    start = time.perf_counter()
+    process.start()
+    sender.close()
+    row: dict[str, Any] = {"model": name, "method": method, **dict.fromkeys(CHECKS, "no"), "error": ""}
+    while receiver.poll(max(0.0, limit - (time.perf_counter() - start))):
+        try:
+            column, value = receiver.recv()
+        except EOFError:
+            row["error"] = "the process died"
+            break
+        if column == "end":
+            break
+        row[column] = value
+    else:
+        row["error"] = f"not done after {limit:.0f} s"
+    process.kill()
+    process.join()
+    return {**row, "seconds": f"{time.perf_counter() - start:.1f}"}
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    """Print the summary: what holds how often, what stands in the way, and why layers are left."""
+    for method in ("lowrank", "separable"):
+        own = [row for row in rows if row["method"] == method]
+        if not own:
+            continue
+        print(f"\n{method}: {len(own)} models; " + ", ".join(f"{check} {sum(row[check] == 'yes' for row in own)}" for check in CHECKS))
+        for row in own:
+            if any(row[check] != "yes" for check in CHECKS):
+                print(f"  {row['model']}: {', '.join(check for check in CHECKS if row[check] != 'yes')} no: {row['error']}")
+        reasons: collections.Counter[str] = collections.Counter()
+        for row in own:
+            for part in filter(None, (row["left"] or "").split("; ")):
+                count, _, reason = part.partition(" ")
+                reasons[re.sub(r"\(.*\)|[A-Z]\w+ computes|keeps [\d.]+%", "…", reason)] += int(count)
+        for reason, count in reasons.most_common():
+            print(f"  {count:6} layers left: {reason}")
+
+
+def main() -> None:
+    sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", type=Path, required=True)
+    parser.add_argument("--models", nargs="+", help="architectures instead of one of each model file")
+    parser.add_argument("--separable", action="store_true", help="depthwise-separable convolutions instead of low rank")
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds for one model")
+    parser.add_argument("--report", action="store_true", help="only print what is there")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = list(csv.DictReader(args.csv.open())) if args.csv.exists() else []
+    if not args.report:
+        from tests.test_models import FAMILIES
+
+        method = "separable" if args.separable else "lowrank"
+        for name in args.models or FAMILIES.split():
+            if (name, method) in {(row["model"], row["method"]) for row in rows}:
+                continue
+            rows.append(run(name, method, args.limit))
+            new = not args.csv.exists()
+            with args.csv.open("a", newline="") as out:
+                writer = csv.DictWriter(out, FIELDS)
+                if new:
+                    writer.writeheader()
+                writer.writerow(rows[-1])
+            print(rows[-1]["model"], {check: rows[-1][check] for check in CHECKS}, rows[-1]["seconds"], rows[-1]["error"], flush=True)
+    report(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""`<arch>__lowrank`: a timm architecture in which layers are products of two, from a stored record or factorised on the spot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..errors import CompressError
+from .request import Request, answer
+
+__all__ = ["create"]
+
+BUDGETS = ("macs", "params", "energy")
+OPTIONS = (*BUDGETS, "scheme", "scope", "round_to", "exclude", "seed")
+"""Arguments of `zoo_compress.factorize` that are JSON values."""
+
+
+def create(base: str, **kwargs: Any) -> nn.Module:
+    """Create a model with factorised layers; what the entrypoint of `<base>__lowrank` does.
+
+    Args:
+        base: timm architecture.
+        **kwargs: timm's factory arguments and the base's own, as for `<base>__pruned`, and either
+
+            - `variant`: a record, as config.json holds it. With `pretrained=True` weights come from where the cfg points to; or
+            - one of `macs`, `params` and `energy`, and further options of `zoo_compress.factorize` that are JSON values. With
+              `pretrained=True` the base's weights are factorised (`base_tag` chooses which). Without, ranks depend on the budget alone:
+              `scope` is `"local"` unless given, since random weights say nothing.
+
+    Returns:
+        The model, or the base's own feature extractor around it.
+
+    Raises:
+        CompressError: Whatever goes wrong, with its cause.
+    """
+    return answer(_create, base, "lowrank", **kwargs)
+
+
+def _create(request: Request) -> nn.Module:
+    variant = request.stored()
+    if variant is not None:
+        return request.restore(variant)[0]
+    return request.rebuild(_factorized(request))
+
+
+def _factorized(request: Request) -> nn.Module:
+    from ..methods.factorize import factorize
+
+    options = request.chosen(OPTIONS)
+    if not any(options.get(name) is not None for name in BUDGETS):
+        budgets = ", ".join(f"{name}=" for name in BUDGETS)
+        raise CompressError(f"{request.name}: expected one of {budgets} (how much to keep) or variant= (a stored record), found none")
+    if not request.pretrained and options.get("energy") is None:
+        options.setdefault("scope", "local")
+    return factorize(request.base_model("factorised from the weights of %s and not fine-tuned"), **options)
