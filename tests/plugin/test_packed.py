@@ -129,6 +129,22 @@ def test_of_a_pruned_network_and_pruned_afterwards(tmp_path):
     assert "packed" not in filled._model_args["variant"], "least squares gave values to all of them"
 
 
+@pytest.mark.parametrize("pruned", [False, True], ids=["whole", "pruned"])
+def test_of_a_factorised_network_and_factorised_afterwards(pruned, tmp_path):
+    net = timm.create_model("test_resnet", num_classes=10)
+    net = zc.prune(net, macs=0.7) if pruned else net
+    low = zc.sparsify(zc.factorize(net, macs=0.7), density=0.2)
+    after = zc.factorize(zc.sparsify(net, density=0.2), macs=0.7)
+    for i, model in enumerate((low, after)):
+        zc.save(model, tmp_path / str(i))
+        assert same(zc.load(tmp_path / str(i)), model)
+    assert density(masks_of(low)) == pytest.approx(0.2, abs=1e-3)
+    factors = after._model_args["variant"]["factors"]
+    kept = after._model_args["variant"]["packed"]
+    assert kept, "what is no factor is still sparse"
+    assert not any(name.removesuffix(".weight") in factors for name in kept)
+
+
 def test_with_exits(tmp_path):
     net = zc.sparsify(zc.add_exits(timm.create_model("test_resnet", num_classes=10), 2), density=0.2)
     zc.save(net, tmp_path)
