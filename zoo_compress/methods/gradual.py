@@ -107,7 +107,6 @@ class GradualTask(MethodTask):
         return self.keeper.masks
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        self.take_draw()
         return self.task(input, target)
 
     def start_epoch(self, epoch: int, epochs: int, optimizer: torch.optim.Optimizer, steps: int = 1) -> None:
@@ -152,21 +151,22 @@ class GradualTask(MethodTask):
         last = max(1, round(self.config.end * self.steps))
         return min(round(self.config.start * self.steps) + 1, last), last
 
-    @property
-    def _due(self) -> bool:
+    def _due(self, step: int) -> bool:
         first, last = self._bounds
-        return first <= self.draws <= last and ((self.draws - first) % self.config.every == 0 or self.draws == last)
+        return first <= step <= last and ((step - first) % self.config.every == 0 or step == last)
 
     def _see(self, name: str) -> Any:
         def see(gradient: Tensor) -> None:
-            if self.config.regrow and self.config.regrow_by == "gradient" and self._due:
-                self.gradients[name] = gradient.detach().clone()
+            if self.config.regrow and self.config.regrow_by == "gradient" and self._due(self.draws + 1):
+                earlier = self.gradients.get(name)
+                self.gradients[name] = gradient.detach().clone() if earlier is None else earlier + gradient
 
         return see
 
     @torch.no_grad()
     def _step(self) -> None:
-        if not self._due:
+        self.take_draw()
+        if not self._due(self.draws):
             return
         scores = {name: weight.detach().abs() for name, weight in self.weights.items()}
         wanted, scope = self.density(self.draws), self.config.scope
