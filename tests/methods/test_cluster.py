@@ -75,6 +75,14 @@ class TestCluster:
         assert density(masks_of(again)) == pytest.approx(0.1, abs=1e-3)
         assert again._model_args["variant"]["packed"]["fc.weight"] == {"mask": True, "bits": 3}
 
+    def test_layers_removed_whole(self, model):
+        sparse = zc.sparsify(model, density=0.5)
+        with torch.no_grad():
+            sparse.layer1[0].conv1.weight.zero_()
+        packed = zc.cluster(sparse, bits=3)._model_args["variant"]["packed"]
+        assert packed["layer1.0.conv1.weight"] == {"mask": True, "bits": None}
+        assert packed["fc.weight"] == {"mask": True, "bits": 3}
+
     def test_bits_by_pattern(self, model):
         small = zc.cluster(model, bits={"fc.*": 5, "layer*": 2})
         packed = small._model_args["variant"]["packed"]

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from ..errors import CompressError
@@ -47,9 +47,11 @@ def cluster(model: nn.Module, bits: int | Mapping[str, int] = 4, *, exclude: Ite
     weights = layer_weights(model, exclude)
     chosen = _bits(weights, bits)
     subject, before = copy.deepcopy(model), packed_of(model)
+    masked = {name for name in chosen if name in before and before[name].mask}
+    # Of layers that are removed whole there is nothing to share.
+    chosen = {name: wanted for name, wanted in chosen.items() if name not in masked or as_integers(weights[name]).any()}
     for name, wanted in chosen.items():
-        masked = name in before and before[name].mask
-        _share(subject.get_parameter(name), name, wanted, masked=masked)
+        _share(subject.get_parameter(name), name, wanted, masked=name in masked)
     stamp_packed(subject, "clustered", {name: Packing(bits=wanted) for name, wanted in chosen.items()})
     return subject
 
@@ -75,10 +77,7 @@ def _share(weight: Tensor, name: str, bits: int, *, masked: bool) -> None:
 
 def _bits(weights: Mapping[str, nn.Parameter], bits: object) -> dict[str, int]:
     """Bits of every weight that gets any."""
-    patterns: dict[str, Any] = dict(bits) if isinstance(bits, Mapping) else {"*": bits}
-    for value in patterns.values():
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_BITS:
-            raise CompressError(f"bits: expected 1 to {MAX_BITS}, or a pattern of parameter names for each, found {value!r}")
+    patterns = _by_pattern(bits)
     found: dict[str, int] = {}
     for pattern, value in patterns.items():
         matched = [name for name in weights if fnmatchcase(name, pattern)]
@@ -88,7 +87,12 @@ def _bits(weights: Mapping[str, nn.Parameter], bits: object) -> dict[str, int]:
     return {name: found[name] for name in weights if name in found}
 
 
-Bits = Annotated[int, Field(ge=1, le=MAX_BITS)]
+def _by_pattern(bits: object) -> dict[str, Any]:
+    patterns = dict(bits) if isinstance(bits, Mapping) else {"*": bits}
+    for value in patterns.values():
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_BITS:
+            raise CompressError(f"bits: expected 1 to {MAX_BITS}, or a pattern of parameter names for each, found {value!r}")
+    return patterns
 
 
 class ClusterConfig(ChangeConfig):
@@ -96,8 +100,14 @@ class ClusterConfig(ChangeConfig):
 
     noun = "clustering"
     kind: Literal["cluster"] = "cluster"
-    bits: Bits | dict[str, Bits] = 4
+    bits: int | dict[str, int] = 4
     exclude: Annotated[tuple[str, ...], Field(strict=False)] = ()
+
+    @field_validator("bits")
+    @classmethod
+    def _in_range(cls, bits: int | dict[str, int]) -> int | dict[str, int]:
+        _by_pattern(bits)
+        return bits
 
     def apply(self, model: nn.Module, images: Iterable[object], seed: int) -> nn.Module:
         return cluster(model, self.bits, exclude=self.exclude)
