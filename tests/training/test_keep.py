@@ -137,3 +137,19 @@ def test_in_a_loop_of_ones_own(make_model, make_loaders):
     keeper.restore_(average)
     for model in (net, average):
         assert all(torch.equal(mask, masks_of(model)[name]) for name, mask in masks.items())
+
+
+def test_clusters_are_kept_by_the_loop(make_model, make_loaders):
+    net = zc.cluster(zc.sparsify(make_model(), density=0.5), bits=3, exclude=["fc.weight"])
+    before = {name: net.get_parameter(name).detach().clone() for name in masks_of(net)}
+    fit(net, *make_loaders(), TrainConfig(epochs=1, lr=3e-3, weight_decay=0.1, ema_decay=0.9))
+    for name, weight in before.items():
+        after = net.get_parameter(name)
+        if name == "fc.weight":
+            assert len(after.unique()) > 100
+            continue
+        for value in weight.unique():
+            members = as_integers(after)[weight == value].unique()
+            assert len(members) == 1
+            assert value != 0 or members[0] == 0
+        assert not torch.equal(after, weight)

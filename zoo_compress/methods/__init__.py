@@ -2,6 +2,8 @@
 
 from typing import TypeAlias
 
+from .binary import BinaryConfig, TernaryConfig
+from .cluster import ClusterConfig
 from .exits import ExitsConfig
 from .factorize import FactorizeConfig
 from .gradual import GradualConfig
@@ -12,8 +14,8 @@ from .slim import SlimConfig
 from .sparse import SparsifyConfig
 from .us import UsConfig
 
-Trained: TypeAlias = SlimConfig | UsConfig | NetAugConfig | GradualConfig | ExitsConfig
+Trained: TypeAlias = SlimConfig | UsConfig | NetAugConfig | GradualConfig | BinaryConfig | TernaryConfig | ExitsConfig
 """Methods that a training stage of a recipe may name. A method is one file and one entry here."""
 
-Changed: TypeAlias = FactorizeConfig | ReinitializeConfig | SeparateConfig | SparsifyConfig
+Changed: TypeAlias = ReinitializeConfig | SparsifyConfig | ClusterConfig | FactorizeConfig | SeparateConfig
 """Methods that are a stage of a recipe: they turn one model into another at once. A method is one file and one entry here."""

@@ -216,8 +216,8 @@ def _stamp(new: nn.Module, layout: Layout, plan: FactorPlan) -> None:
         return
     before = source.previous
     if before is None or not before.params:
-        exits, earlier = (before.exits, before.factors) if before else (None, {})
-        blank = Variant(method=plan.method, base=source.base, base_args=source.args, sizes={}, params={}, exits=exits)
+        exits, earlier, packed = (before.exits, before.factors, before.packed) if before else (None, {}, {})
+        blank = Variant(method=plan.method, base=source.base, base_args=source.args, sizes={}, params={}, exits=exits, packed=packed)
         stamp(new, blank.model_copy(update={"factors": {**earlier, **plan.factors}}))
         return
     previous = before.model_copy(update={"factors": {**before.factors, **plan.factors}, **_moved(before, plan.factors)})
