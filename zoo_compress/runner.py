@@ -204,10 +204,10 @@ def _fit_step(run: Run, step: Step) -> Result:
     config = step.action
     assert isinstance(config, TrainConfig)
     model, data = zc.load(run.latest()), run.recipe.data
-    teacher = None
+    teachers: list[nn.Module] = []
     if isinstance(config, FinetuneConfig) and config.distill:
         dense = uncompressed(run.plan)
-        teacher = _teacher(config.distill.teacher) if config.distill.teacher else zc.load(run.folder(dense)) if dense else None
+        teachers = [_teacher(name) for name in config.distill.teachers] or ([zc.load(run.folder(dense))] if dense else [])
     loaders = train_loader(run.source, data, model, run.processes), eval_loader(run.source, data, model, run.processes)
     method = getattr(config, "method", None)
     calibration: Any = ()
@@ -220,7 +220,7 @@ def _fit_step(run: Run, step: Step) -> Result:
         *loaders,
         config,
         phase=Phase(step.label, step.index, run.recipe.seed, run.record.recipe_sha256),
-        teacher=teacher,
+        teacher=teachers,
         method=method,
         calibration=calibration,
         processes=run.processes,

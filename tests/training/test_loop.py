@@ -32,6 +32,7 @@ CONFIGS = {
     "sgd, step schedule": TrainConfig(epochs=3, opt="sgd", lr=0.05, sched="step", decay_epochs=1, opt_args={"nesterov": True}),
     "channels last": TrainConfig(epochs=3, lr=3e-3, channels_last=True, ema_decay=0.9),
     "distillation": FinetuneConfig(epochs=3, lr=1e-3, distill=DistillConfig(temperature=2.0), smoothing=0.1),
+    "features": FinetuneConfig(epochs=3, lr=1e-3, distill=DistillConfig(match="features"), ema_decay=0.9),
 }
 
 
