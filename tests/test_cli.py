@@ -1,5 +1,7 @@
 """The command line: each command against the function it stands for, and errors in one line."""
 
+import re
+
 import pytest
 import timm
 import torch
@@ -127,6 +129,31 @@ def test_prune_by_measuring(tmp_path, monkeypatch):
     assert "ms a pass" in output
     assert "batch 1, 1 thread\n" in output
     timm.create_model(f"local-dir:{tmp_path / 'fast'}", pretrained=True)
+
+
+def test_exits_prints_the_curve_of_a_recipes_result(tmp_path):
+    pytest.importorskip("matplotlib")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"""
+model: {{name: test_resnet, args: {{num_classes: 10, in_chans: 1}}, pretrained_cfg: {{input_size: [1, 8, 8]}}}}
+data: {{source: digits, batch_size: 256, held_out: 200}}
+output: {tmp_path / "out"}
+stages: [train: {{epochs: 1, lr: 1e-3, method: {{exits: {{exits: 2}}}}}}, save]
+measure: {{runs: 2}}
+""")
+    table = invoke("run", recipe).output
+    output = invoke("exits", tmp_path / "out", "--budget", 0.6, "--plot", tmp_path / "exits.png").output
+    assert "budget 60%" in output
+    assert "200 training images, which were held out of training" in output
+    ends = [re.search(rf"^{label} .*?(\d+\.\d\d)%", text, re.M)[1] for label, text in (("model exit 0", table), ("exit 0", output))]
+    assert ends[0] == ends[1]
+    assert (tmp_path / "exits.png").stat().st_size > 1000
+    saved = tmp_path / "out" / "model"
+    output = invoke("exits", saved, saved, "--data", "digits", "--held-out", 50, "--budget", 0.6).output
+    assert "50 training images, which may have been trained on" in output
+    assert "± 0.00%" in output
+    assert "expected --held-out" in invoke("exits", saved, "--data", "digits", code=2).stderr
+    assert "expected --data, or the output folder of a recipe" in invoke("exits", saved, code=2).stderr
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zoo_compress.errors import RecipeError
+from zoo_compress.methods.exits import ExitsConfig
 from zoo_compress.methods.netaug import NetAugConfig
 from zoo_compress.methods.slim import SlimConfig
 from zoo_compress.plan import PruneRound, budget_of_round, make_plan, milestones, uncompressed
 from zoo_compress.recipe import PruneStage, load_recipe
+from zoo_compress.sharing.recipe_text import recipe_of, to_yaml
 
 SHIPPED = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
 
@@ -65,6 +67,26 @@ def test_lists_and_methods_in_stages(tmp_path):
     assert load(tmp_path, GOOD.replace("epochs: 2,", "epochs: 2, method: {netaug: },", 1)).stages[0].method == NetAugConfig()
 
 
+EXITS = "epochs: 2, method: {exits: {exits: [0.3, 0.6], weights: msdnet, budget: 0.5, confidence: margin}},"
+
+
+def test_several_methods_and_what_they_need(tmp_path):
+    text = GOOD.replace("epochs: 2,", "epochs: 2, method: [{exits: {exits: 2, weights: [1, 1, 0.3]}}, {slim: {widths: [0.5, 1.0]}}],", 1)
+    recipe = load(tmp_path, text)
+    assert recipe.stages[0].method == (ExitsConfig(exits=2, weights=(1.0, 1.0, 0.3)), SlimConfig(widths=(0.5, 1.0)))
+    assert recipe_of(recipe.model_dump(mode="json")) == recipe
+    assert load(tmp_path, to_yaml(recipe)) == recipe
+    held = load(tmp_path, GOOD.replace("epochs: 2,", EXITS, 1).replace("source: digits", "source: digits, held_out: 100"))
+    assert held.stages[0].method.exits == (0.3, 0.6)
+    assert recipe_of(held.model_dump(mode="json")) == held
+
+
+def test_holding_nothing_out_is_no_change(tmp_path):
+    said = load(tmp_path, GOOD.replace("source: digits", "source: digits, held_out: 0"))
+    assert said.sha256 == load(tmp_path, GOOD).sha256
+    assert load(tmp_path, GOOD.replace("source: digits", "source: digits, held_out: 9")).sha256 != said.sha256
+
+
 def test_another_seed_has_a_folder_of_its_own(tmp_path):
     recipe = load(tmp_path, GOOD)
     other = recipe.with_seed(7)
@@ -76,6 +98,16 @@ def test_another_seed_has_a_folder_of_its_own(tmp_path):
 
 BAD = {
     "unknown method": ("epochs: 2,", "epochs: 2, method: {thin: {}},", "method: expected one of slim, us, netaug"),
+    "methods in the wrong order": ("epochs: 2,", "epochs: 2, method: [{slim: {}}, {exits: {}}],", "method: expected slim last"),
+    "no method": ("epochs: 2,", "epochs: 2, method: [],", "train.method: expected"),
+    "unknown key of one of several": (
+        "epochs: 2,",
+        "epochs: 2, method: [{exits: {q: 3}}, {us: {}}],",
+        "method.0.exits.q: expected no such",
+    ),
+    "no weights": ("epochs: 2,", "epochs: 2, method: {exits: {weights: [0, 0]}},", "exits.weights: expected numbers from 0 on, not all 0"),
+    "no places": ("epochs: 2,", "epochs: 2, method: {exits: {exits: 0}},", "exits.exits: expected 1 to 256 of them, found 0"),
+    "nothing held out": ("epochs: 2,", EXITS, "expected data.held_out, a number of training images, for thresholds"),
     "two methods": ("epochs: 2,", "epochs: 2, method: {slim: {}, us: {}},", "method: expected one of slim, us, netaug"),
     "unknown key of a method": ("epochs: 2,", "epochs: 2, method: {netaug: {q: 3}},", "netaug.q: expected no such key"),
     "r below 1": ("epochs: 2,", "epochs: 2, method: {netaug: {r: 0.5}},", "netaug.r: expected greater than or equal to 1, found 0.5"),
@@ -198,3 +230,11 @@ def test_rounds_are_geometric_and_end_at_the_budget(limit, rounds, name):
 def test_auto_rounds_remove_about_a_tenth_each(limit):
     stage = PruneStage.model_validate({"kind": "prune", "macs": limit, "rounds": "auto", "finetune": {"epochs": 1, "lr": 0.1}})
     assert 0.05 < 1 - limit ** (1 / stage.num_rounds) < 0.15
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_recipe_survives_its_record_and_its_card(path, tmp_path):
+    recipe = load_recipe(path)
+    assert recipe_of(recipe.model_dump(mode="json")) == recipe
+    (tmp_path / "again.yaml").write_text(to_yaml(recipe))
+    assert load_recipe(tmp_path / "again.yaml") == recipe

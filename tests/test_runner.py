@@ -15,6 +15,9 @@ import zoo_compress as zc
 from zoo_compress.errors import CompressError, RecipeError
 from zoo_compress.runner import run
 from zoo_compress.training.checkpoint import load_state
+from zoo_compress.training.config import DataConfig
+from zoo_compress.training.data import eval_loader
+from zoo_compress.training.sources import open_source
 
 START = """
 model:
@@ -144,6 +147,18 @@ def test_a_changed_recipe_is_refused(whole, tmp_path):
     changed.write_text((whole[0] / "recipe.yaml").read_text() + "seed: 1\n")
     with pytest.raises(RecipeError, match="found a changed one; use --fresh to start over, or another output"):
         run(changed)
+
+
+def test_a_record_from_before_an_option_existed_is_of_the_same_recipe(whole, tmp_path):
+    path, output = whole[0] / "recipe.yaml", whole[0] / "out"
+    content = json.loads((output / "results.json").read_text())
+    del content["recipe"]["stages"][0]["clip_grad"]
+    before = (output / "results.json").read_bytes()
+    (output / "results.json").write_text(json.dumps({**content, "recipe_sha256": "0" * 64}))
+    said = []
+    run(path, log=said.append)
+    (output / "results.json").write_bytes(before)
+    assert "finished earlier" in said[0]
 
 
 def test_killed_runs_end_with_the_same_numbers(whole, tmp_path):
@@ -281,6 +296,51 @@ def test_a_network_of_several_widths_has_a_row_for_each(tmp_path, method):
     }
     net = timm.create_model(f"local-dir:{tmp_path / 'out' / 'model'}", pretrained=True)
     assert net.widths == (0.5, 1.0)
+
+
+EXITS = (
+    START.replace("batch_size: 256", "batch_size: 256, held_out: 200")
+    + """
+  - train: {{epochs: 1, lr: 3e-3, method: {{exits: {{exits: 2, train: main}}}}}}
+  - finetune: {{epochs: 1, lr: 3e-3, method: {{exits: {{train: heads, budget: 0.7}}}}}}
+  - evaluate
+  - save
+measure: {{runs: 3}}
+"""
+)
+
+
+def test_a_network_with_exits_has_a_row_for_each_and_one_for_thresholds(tmp_path):
+    record = run(write(tmp_path, text=EXITS), log=lambda line: None)
+    rows = {row.label: row for row in record.table}
+    assert list(rows) == ["model", "model exit 0", "model exit 1", "model thresholds", "reloaded"]
+    net = timm.create_model(f"local-dir:{tmp_path / 'out' / 'model'}", pretrained=True).eval()
+    costs = net.costs()
+    assert rows["model"].macs == rows["reloaded"].macs == costs[-1]
+    assert rows["model exit 0"].macs == costs[0]
+    base = costs[-1] - sum(head.fc.weight.numel() for head in net.exits)
+    assert rows["model thresholds"].macs / base == pytest.approx(0.7, abs=0.1)
+    assert rows["model exit 0"].params < rows["model exit 1"].params < rows["model"].params
+    # Heads alone leave the network as the first stage made it.
+    assert record.step("01_train").metrics["top1"] == record.step("02_finetune").metrics["top1"] == rows["model"].top1
+    assert rows["reloaded"].top1 == rows["model"].top1
+    source = open_source(DataConfig(source="digits"), 1)
+    loader = eval_loader(source, DataConfig(source="digits"), net)
+    right = torch.cat([net.infer(x).argmax(1) == y for x, y in loader])
+    assert rows["model thresholds"].top1 == pytest.approx(100 * float(right.double().mean()))
+    evaluated = record.step("03_evaluate").metrics
+    assert {label.replace("evaluate", "model"): found["top1"] for label, found in evaluated.items()} == {
+        label: row.top1 for label, row in rows.items() if label != "reloaded"
+    }
+
+
+def test_widths_and_exits_together(tmp_path):
+    method = "[{{exits: {{exits: 1, distill: 0.5}}}}, {{slim: {{widths: [0.5, 1.0]}}}}]"
+    record = run(write(tmp_path, text=ELASTIC.replace("{{METHOD}}", method)), log=lambda line: None)
+    rows = {row.label: row for row in record.table}
+    assert list(rows) == ["model ×1", "model ×1 exit 0", "model ×0.5", "model ×0.5 exit 0", "reloaded"]
+    assert rows["model ×0.5 exit 0"].macs < rows["model ×0.5"].macs < rows["model ×1"].macs
+    assert rows["reloaded"].top1 == rows["model ×1"].top1
 
 
 def test_netaug_leaves_the_architecture_as_it_was(tmp_path):

@@ -57,7 +57,8 @@ class TestEntries:
         first, last = record.table[0], record.table[-1]
         assert (entry.top1, entry.macs, entry.params) == (round(last.top1, 4), last.macs, last.params)
         assert (entry.base_top1, entry.base_macs, entry.base_params) == (round(first.top1, 4), first.macs, first.params)
-        assert recipe_of(record.recipe) == load_recipe(ROOT / "recipes" / entry.recipe)
+        of_file = load_recipe(ROOT / "recipes" / entry.recipe)
+        assert recipe_of(record.recipe).model_copy(update={"seed": of_file.seed, "output": of_file.output}) == of_file
 
     def test_loads_by_name(self, entry):
         if not entry.checkpoint:
@@ -282,6 +283,19 @@ class TestPublish:
             publish("me", file=file, runs=tmp_path / "runs", log=lambda line: None)
         assert hub.repos == {}
 
+    def test_of_runs_with_several_seeds_the_one_that_the_index_means(self, hub, file, tmp_path):
+        source = index.find(HALF).folder
+        entry = index.find(HALF).model_copy(update={"checkpoint": None})
+        file.write_text(index.dump(index.Index(variants=(entry,))))
+        for seed in (0, 1):
+            made = tmp_path / f"runs/quickstart_seed{seed}"
+            shutil.copytree(source, made / "model", ignore=shutil.ignore_patterns("results.json"))
+            shutil.copyfile(source / "results.json", made / "results.json")
+        other = tmp_path / "runs/quickstart_seed0/model/model.safetensors"
+        shutil.copyfile(index.find("test_byobnet__pruned.fmnist_half").folder / "model.safetensors", other)
+        publish("me", file=file, runs=tmp_path / "runs", log=lambda line: None)
+        assert hub.repos.keys() == {f"me/{HALF}"}
+
     def test_command(self, hub, file):
         output = invoke("publish", "--owner", "me", "--index", file).output
         assert f"{HALF}: hf-hub:me/{HALF}, pushed" in output
@@ -308,6 +322,14 @@ class TestShip:
         assert (tmp_path / f"cards/{HALF}.md").read_text() == (ROOT / f"model_cards/{HALF}.md").read_text()
         ship(made, HALF, "quickstart.yaml", cards=tmp_path / "cards", file=file)
         assert len(index.read(file).variants) == 1
+
+    def test_recipes_may_be_in_folders_and_nowhere_else(self, made, tmp_path):
+        (tmp_path / "index.json").write_text('{"variants": []}')
+        where = {"cards": tmp_path / "cards", "file": tmp_path / "index.json"}
+        assert ship(made, HALF, "some/quickstart.yaml", **where).recipe == "some/quickstart.yaml"
+        for recipe in ("../quickstart.yaml", "/quickstart.yaml", "some//quickstart.yaml"):
+            with pytest.raises(CompressError, match=r"recipe: .* found '.*quickstart\.yaml'"):
+                ship(made, HALF, recipe, **where)
 
     def test_another_name(self, made, tmp_path):
         with pytest.raises(CompressError, match=r"expected test_resnet__pruned\.TAG"):

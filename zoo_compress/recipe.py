@@ -8,13 +8,23 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    JsonValue,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from .errors import RecipeError
 from .methods import Changed, Trained
 from .structure.budget import KINDS
-from .training.config import Config, Count, DataConfig, FinetuneConfig, Positive, TrainConfig
-from .training.task import ChangeConfig
+from .training.config import Config, Count, DataConfig, FinetuneConfig, Positive, TrainConfig, one_line
+from .training.task import ChangeConfig, nested
 
 REMOVED_PER_ROUND = 0.1
 """`rounds: auto` prunes in as many rounds as it takes for each to remove about this fraction of what is left."""
@@ -83,14 +93,35 @@ def _named(value: Any) -> Any:
     return {"kind": name, **(body or {})}
 
 
-Method = Annotated[Annotated[Trained, Field(discriminator="kind")], BeforeValidator(_named)]
+One = Annotated[Annotated[Trained, Field(discriminator="kind")], BeforeValidator(_named)]
+
+
+def _nested(methods: tuple[Trained, ...]) -> tuple[Trained, ...]:
+    nested(methods)
+    return methods
+
+
+Several = Annotated[tuple[One, ...], Field(strict=False, min_length=1), AfterValidator(_nested)]
+_ALONE, _SEVERAL = "one method", "several methods"
+Method = Annotated[
+    Annotated[One, Tag(_ALONE)] | Annotated[Several, Tag(_SEVERAL)],
+    Discriminator(lambda value: _SEVERAL if isinstance(value, (list, tuple)) else _ALONE),
+]
+"""What a stage says about methods: one, or a list of them, from the inside out."""
+
+
+def methods_of(stage: Any) -> tuple[Trained, ...]:
+    """The methods that a training phase names, from the inside out."""
+    found = getattr(stage, "method", None)
+    return () if found is None else found if isinstance(found, tuple) else (found,)
 
 
 class TrainStage(TrainConfig):
     """Train the model on labels.
 
     Attributes:
-        method: another way to train than as the model is: `{slim: …}`, `{us: …}` or `{netaug: …}`.
+        method: another way to train than as the model is: `{slim: …}`, `{us: …}`, `{netaug: …}` or `{exits: …}`; or a list,
+            `[{exits: …}, {slim: …}]`, of which each trains around the one before it.
     """
 
     noun: ClassVar[str] = "training"
@@ -259,6 +290,11 @@ class Recipe(Config):
                     "or a teacher"
                 )
             compressed = compressed or isinstance(stage, PruneStage | ChangeConfig)
+        for index, stage in enumerate(self.stages):
+            if any(method.needs_held_out for method in methods_of(stage)) and not self.data.held_out:
+                raise ValueError(
+                    f"expected data.held_out, a number of training images, for thresholds to be found on after stages.{index}.{stage.kind}"
+                )
         folders = [stage.to for stage in self.stages if isinstance(stage, SaveStage)]
         if len(set(folders)) != len(folders):
             raise ValueError(f"expected a folder of its own for each save stage, found {', '.join(folders)}")
@@ -278,6 +314,8 @@ class Recipe(Config):
     def sha256(self) -> str:
         """Hash of all that decides the run's numbers: everything but `description` and `output`."""
         content = self.model_dump(mode="json", exclude={"description", "output"})
+        if not self.data.held_out:
+            del content["data"]["held_out"]  # a recipe that says nothing of it has the hash it had before there was such a thing
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -296,7 +334,7 @@ def load_recipe(path: str | Path) -> Recipe:
     try:
         return Recipe.model_validate_json(text)
     except ValidationError as error:
-        raise RecipeError(f"{path}: {_first(error)}") from error
+        raise RecipeError(f"{path}: {one_line(error, leave_out=(_ALONE, _SEVERAL))}") from error
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -314,26 +352,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: expected a mapping with model, data, output and stages, found {type(content).__name__}")
     return content
-
-
-def _first(error: ValidationError) -> str:
-    details = error.errors(include_url=False)
-    first = details[0]
-    key = ".".join(str(part) for part in first["loc"]) or "the recipe"
-    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
-    if first["type"] == "extra_forbidden":
-        return f"{key}: expected no such key{more}"
-    if first["type"] == "missing":
-        return f"{key}: expected a value, found none{more}"
-    message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    message = message if message.startswith("expected") else f"expected {message}"
-    found = "" if "found" in message else f", found {_short(first['input'])}"
-    return f"{key}: {message}{found}{more}"
-
-
-def _short(value: Any) -> str:
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 class _Loader(yaml.SafeLoader):

@@ -56,6 +56,7 @@ class Row(Entry):
         activation_memory: most bytes the tensors of that pass take up at one time.
         batch_size: images in that pass.
         threads: CPU threads it used.
+        file_bytes: size of its weights' file; None where it has none of its own.
     """
 
     label: str
@@ -68,10 +69,12 @@ class Row(Entry):
     activation_memory: int
     batch_size: int
     threads: int
+    file_bytes: int | None = None
 
 
 class Record(Entry):
-    """Everything about one run, as `results.json` holds it."""
+    """Everything about one run, as `results.json` holds it. `baselines` are rows like the table's, of the same structure trained from
+    scratch (see `rethink`)."""
 
     format: Literal[1] = 1
     status: Literal["running", "finished"] = "running"
@@ -84,6 +87,7 @@ class Record(Entry):
     started: str
     steps: tuple[StepRecord, ...] = ()
     table: tuple[Row, ...] = ()
+    baselines: tuple[Row, ...] = ()
 
     def step(self, name: str) -> StepRecord:
         """The finished step of that name."""
@@ -151,7 +155,7 @@ def format_table(rows: Sequence[Row]) -> str:
         return "(no model measured)"
     first = rows[0]
     latency = f"CPU latency, ms (median ± half IQR; batch {first.batch_size}, {first.threads} thread{'s' * (first.threads > 1)})"
-    lines = [["", "parameters", "MACs", "top-1", latency]]
+    lines = [["", "parameters", "MACs", "file, bytes", "top-1", latency]]
     for row in rows:
         share = f" ({row.macs / first.macs:.1%})" if row is not first else ""
         lines.append(
@@ -159,9 +163,16 @@ def format_table(rows: Sequence[Row]) -> str:
                 row.label,
                 f"{row.params:,}",
                 f"{row.macs:,}{share}",
+                "–" if row.file_bytes is None else f"{row.file_bytes:,}",
                 f"{row.top1:.2f}%",
                 f"{row.latency_ms:.2f} ± {row.latency_iqr_ms / 2:.2f}",
             ]
         )
+    return aligned(lines)
+
+
+def aligned(lines: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A table as text: the first `left` columns of cells to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
+    sides = [str.ljust] * left + [str.rjust] * (len(widths) - left)
+    return "\n".join("  ".join(side(cell, width) for side, cell, width in zip(sides, line, widths, strict=True)).rstrip() for line in lines)

@@ -15,6 +15,7 @@ from typing import Any
 
 import timm
 import torch
+from pydantic import ValidationError
 from timm.models import parse_model_name
 from torch import nn
 from tqdm import tqdm
@@ -22,17 +23,19 @@ from tqdm import tqdm
 import zoo_compress as zc
 
 from .errors import CompressError, RecipeError
-from .methods.slimmable import Slimmable
 from .plan import PruneRound, Step, budget_of_round, make_plan, milestones, uncompressed
+from .plugin.weights import WEIGHTS
 from .profiling.measure import measure_many
-from .recipe import Recipe, SaveStage, load_recipe
+from .profiling.settings import ways
+from .recipe import Recipe, SaveStage, load_recipe, methods_of
 from .record import RECORD_NAME, Record, Row, StepRecord, machine, read_record, versions, write_record
+from .sharing.recipe_text import recipe_of
 from .training.config import FinetuneConfig, TrainConfig
-from .training.data import calibration_batches, check_fits, eval_loader, train_loader
+from .training.data import calibration_batches, check_fits, eval_loader, held_out_batches, train_loader
 from .training.distributed import Processes, init_processes
 from .training.loop import Epoch, Phase, evaluate, fit, reseed
 from .training.sources import Source, default_pretrained_cfg, open_source
-from .training.task import ChangeConfig
+from .training.task import ChangeConfig, nested
 
 STEPS_FOLDER = "steps"
 STATE_NAME = "training.safetensors"
@@ -99,15 +102,15 @@ def run(path: str | Path, *, fresh: bool = False, seed: int | None = None, log: 
     if seed is not None:
         recipe = recipe.with_seed(seed)
     output = Path(recipe.output).expanduser()
-    report = log or (lambda line: tqdm.write(line, file=sys.stderr))
-    with init_processes(recipe.device) as processes, _deterministic():
+    report = log or say
+    with init_processes(recipe.device) as processes, deterministic():
         log = report if processes.primary else lambda _: None
         record = None if fresh else _earlier(path, recipe, output, processes)
         if record and record.status == "finished":
             log(f"{path}: finished earlier, in {output}; nothing was trained. --fresh starts over.")
             return record
-        model = zc.load(output / record.latest_checkpoint) if record else _create(recipe)
-        source = _open(recipe, model, processes)
+        model = zc.load(output / record.latest_checkpoint) if record else create(recipe)
+        source = open_images(recipe, model, processes)
         if record is None:
             record = Record(
                 recipe=recipe.model_dump(mode="json"),
@@ -123,7 +126,7 @@ def run(path: str | Path, *, fresh: bool = False, seed: int | None = None, log: 
         state = Run(recipe, make_plan(recipe), output, processes, source, record, log)
         # All processes have read the old state here, and none has written.
         processes.barrier()
-        with _locked(output, processes):
+        with locked(output, processes):
             if processes.primary and not record.steps:
                 _clear(output)
             for step in state.plan[len(record.steps) :]:
@@ -131,12 +134,17 @@ def run(path: str | Path, *, fresh: bool = False, seed: int | None = None, log: 
     return state.record
 
 
+def say(line: str) -> None:
+    """Write a line to standard error, between progress bars."""
+    tqdm.write(line, file=sys.stderr)
+
+
 def _earlier(path: str | Path, recipe: Recipe, output: Path, processes: Processes) -> Record | None:
     """The record to go on from, if it is of this very run."""
     record = read_record(output)
     if record is None:
         return None
-    if record.recipe_sha256 != recipe.sha256:
+    if not _is_of(record, recipe):
         raise RecipeError(
             f"{path}: expected the recipe of the run in {output}, found a changed one; use --fresh to start over, or another output"
         )
@@ -147,7 +155,15 @@ def _earlier(path: str | Path, recipe: Recipe, output: Path, processes: Processe
     return record if record.steps else None
 
 
-def _create(recipe: Recipe) -> nn.Module:
+def _is_of(record: Record, recipe: Recipe) -> bool:
+    # Not by the hash it has: that of a record from before an option existed lacks the option's default.
+    try:
+        return recipe_of(record.recipe).sha256 == recipe.sha256
+    except (ValidationError, KeyError, TypeError):
+        return False
+
+
+def create(recipe: Recipe) -> nn.Module:
     """The model a recipe starts from, initialised from the recipe's seed."""
     wanted = recipe.model
     from_scratch = not wanted.pretrained and parse_model_name(wanted.name)[0] is None
@@ -166,7 +182,7 @@ def _create(recipe: Recipe) -> nn.Module:
         raise RecipeError(f"model: timm cannot create {wanted.name!r} with {wanted.args}: {type(error).__name__}: {reason}") from error
 
 
-def _open(recipe: Recipe, model: nn.Module, processes: Processes) -> Source:
+def open_images(recipe: Recipe, model: nn.Module, processes: Processes) -> Source:
     """The images, known to fit the model and to fill a batch."""
     with processes.primary_first():
         source = open_source(recipe.data, getattr(model, "in_chans", 3))
@@ -197,7 +213,7 @@ def _do(run: Run, step: Step) -> Record:
 
 
 def _create_step(run: Run, step: Step) -> Result:
-    return Result(_create(run.recipe))
+    return Result(create(run.recipe))
 
 
 def _fit_step(run: Run, step: Step) -> Result:
@@ -209,7 +225,8 @@ def _fit_step(run: Run, step: Step) -> Result:
         dense = uncompressed(run.plan)
         teachers = [_teacher(name) for name in config.distill.teachers] or ([zc.load(run.folder(dense))] if dense else [])
     loaders = train_loader(run.source, data, model, run.processes), eval_loader(run.source, data, model, run.processes)
-    method = getattr(config, "method", None)
+    methods = methods_of(config)
+    method = nested(methods) if methods else None
     calibration: Any = ()
     if method is not None:
         calibration = calibration_batches(run.source, data, model, method.calibration_batches)
@@ -230,7 +247,7 @@ def _fit_step(run: Run, step: Step) -> Result:
     last = history[-1]
     if method is not None:
         reseed(run.recipe.seed, step.index, config.epochs)
-        model = method.finish(model, calibration)
+        model = method.finish(model, calibration, held_out_batches(run.source, data, model) or ())
     return Result(model.cpu(), {"loss": last.loss, "top1": last.top1, "top5": last.top5}, tuple(history))
 
 
@@ -293,7 +310,7 @@ def _size(model: nn.Module) -> dict[str, int]:
 
 
 def _evaluate_step(run: Run, step: Step) -> Result:
-    found = {label: _evaluated(run, model, label) for label, model in _by_width(step.label, zc.load(run.latest())).items()}
+    found = {label: _evaluated(run, model, label) for label, model in _by_way(step.label, zc.load(run.latest())).items()}
     for label, metrics in found.items():
         run.log(f"{label}: test loss {metrics['loss']:.4f}, top-1 {metrics['top1']:.2f}%")
     return Result(metrics=found if len(found) > 1 else found[step.label])
@@ -311,26 +328,31 @@ def _save_step(run: Run, step: Step) -> Result:
 def _report_step(run: Run, step: Step) -> Result:
     """Evaluate and measure the models of the table, and the saved one as a user would load it."""
     models: dict[str, nn.Module] = {}
+    folders: dict[str, Path] = {}
     for label, made in milestones(run.plan).items():
-        models.update(_by_width(label, zc.load(run.folder(made))))
+        models.update(_by_way(label, zc.load(run.folder(made))))
+        folders[label] = run.folder(made)
     saves = [done for done in run.record.steps if done.kind == "save"]
     if saves:
-        models["reloaded"] = timm.create_model(f"local-dir:{run.output / str(saves[-1].metrics['to'])}", pretrained=True)
+        folders["reloaded"] = run.output / str(saves[-1].metrics["to"])
+        models["reloaded"] = timm.create_model(f"local-dir:{folders['reloaded']}", pretrained=True)
     top1 = {label: _evaluated(run, model, label)["top1"] for label, model in models.items()}
     if saves:
         # Training has noted the accuracy of the model it held in memory: an independent witness of what went through the files.
         saved = run.record.step(str(saves[-1].metrics["of"]))
         if "top1" in saved.metrics and saved.metrics["top1"] != top1["reloaded"]:
             raise CompressError(
-                f"{run.output / str(saves[-1].metrics['to'])}: expected top-1 of {saved.metrics['top1']}% as after {saved.name}, "
+                f"{folders['reloaded']}: expected top-1 of {saved.metrics['top1']}% as after {saved.name}, "
                 f"found {top1['reloaded']}% after reloading"
             )
     if not run.processes.primary:
         return Result()
     config = run.recipe.measure
-    statics = {label: model.export() if isinstance(model, Slimmable) else model for label, model in models.items()}
+    # A network of several widths is measured as what it exports: that is what runs where time matters.
+    statics = {label: next(iter(ways(model).values())) for label, model in models.items()}
     costs = measure_many({label: model.cpu() for label, model in statics.items()}, config.batch_size, config.threads, runs=config.runs)
-    rows = tuple(Row(label=label, top1=top1[label], **asdict(cost)) for label, cost in costs.items())
+    sizes = {label: (folder / WEIGHTS).stat().st_size for label, folder in folders.items()}
+    rows = tuple(Row(label=label, top1=top1[label], file_bytes=sizes.get(label), **asdict(cost)) for label, cost in costs.items())
     return Result(table=rows)
 
 
@@ -345,11 +367,9 @@ _ACTIONS: dict[str, Callable[[Run, Step], Result]] = {
 }
 
 
-def _by_width(label: str, model: nn.Module) -> dict[str, nn.Module]:
-    """The model, or each width of one that has several, the widest first."""
-    if not isinstance(model, Slimmable):
-        return {label: model}
-    return {f"{label} ×{width:g}": model.export(width) for width in model.widths[::-1]}
+def _by_way(label: str, model: nn.Module) -> dict[str, nn.Module]:
+    """The model, or every way to run one that has several: its widths, its exits."""
+    return {f"{label} {way}".rstrip(): found for way, found in ways(model).items()}
 
 
 def _evaluated(run: Run, model: nn.Module, label: str) -> dict[str, float]:
@@ -392,7 +412,7 @@ def _clear(output: Path) -> None:
 
 
 @contextmanager
-def _locked(output: Path, processes: Processes) -> Iterator[None]:
+def locked(output: Path, processes: Processes) -> Iterator[None]:
     """Keep other runs out of the folder. The system lets go of the lock however the process ends."""
     if not processes.primary or sys.platform == "win32":
         yield
@@ -409,7 +429,8 @@ def _locked(output: Path, processes: Processes) -> Iterator[None]:
 
 
 @contextmanager
-def _deterministic() -> Iterator[None]:
+def deterministic() -> Iterator[None]:
+    """Let torch take operations that repeat bit by bit, where it has them."""
     before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:

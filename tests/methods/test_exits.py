@@ -117,7 +117,7 @@ def test_it_is_a_task_like_the_one_inside(net):
         ({"weights": (1.0, float("nan"))}, "from 0 on"),
         ({"distill": 1.5}, "distill"),
         ({"temperature": 0}, "temperature"),
-        ({"train": "all"}, "joint, main or heads"),
+        ({"train": "all"}, "'joint', 'main' or 'heads', found 'all'"),
     ],
 )
 def test_bad_configs(config, said):

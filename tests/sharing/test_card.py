@@ -78,7 +78,7 @@ def test_baselines_that_were_not_measured_are_named(written, run):
     assert "Not measured: the same structure trained from scratch" in written[2]
     record = read_record(run)
     extra = record.table[-1].model_copy(update={"label": "Scratch-E", "top1": 12.25})
-    write_record(run, record.model_copy(update={"table": (*record.table[:-1], extra, record.table[-1])}))
+    write_record(run, record.model_copy(update={"baselines": (extra,)}))
     text = (card.write(run) / "README.md").read_text()
     assert "Not measured" not in text
     assert "Scratch-E: top-1 12.25%" in text
@@ -125,7 +125,7 @@ def test_picture(written):
 def test_spread_over_seeds(run, finished):
     text = (card.write(run, [finished[1]]) / "README.md").read_text()
     top1 = torch.tensor([read_record(folder).table[-1].top1 for folder in finished], dtype=torch.float64)
-    assert f"top-1 {top1.mean():.2f} ± {top1.std():.2f}% (mean and standard deviation of 2 runs, seeds 0, 1)" in text
+    assert f"top-1 {top1.mean():.2f} ± {top1.std():.2f}% (mean and standard deviation of 2 runs), seeds 0, 1" in text
     with pytest.raises(CompressError, match="with another seed"):
         card.write(run, [finished[0]])
 

@@ -5,8 +5,9 @@ import torch
 
 from zoo_compress.errors import CompressError
 from zoo_compress.training.config import AugmentConfig, DataConfig
-from zoo_compress.training.data import calibration_batches, check_fits, eval_loader, train_loader
+from zoo_compress.training.data import calibration_batches, check_fits, eval_loader, held_out_batches, train_loader
 from zoo_compress.training.distributed import Processes
+from zoo_compress.training.sources import open_source
 
 DIGITS = DataConfig(source="digits", batch_size=64)
 
@@ -70,3 +71,28 @@ def test_model_and_data_must_fit(digits, make_model):
         check_fits(digits, other)
     with pytest.raises(CompressError, match=r"pretrained_cfg.mean: expected 1 channels .* found 3"):
         check_fits(digits, make_model(mean=(0.1, 0.2, 0.3)))
+
+
+def test_images_that_are_held_out_are_trained_on_by_nobody(make_model):
+    config = DataConfig(source="digits", batch_size=64, held_out=100)
+    whole, source = open_source(DataConfig(source="digits"), 1), open_source(config, 1)
+    assert len(source.train) + len(source.held_out) == len(whole.train)
+    assert sorted((*source.train.indices, *source.held_out.indices)) == list(range(len(whole.train)))
+    held = held_out_batches(source, config, make_model())
+    images, labels = (torch.cat(parts) for parts in zip(*held, strict=True))
+    assert images.shape == (100, 1, 16, 16)
+    assert labels.tolist() == whole.train.labels[source.held_out.indices].tolist()
+    assert len(set(labels.tolist())) == 10
+    # As test images are prepared, however the others are augmented.
+    train_loader(source, config, make_model())
+    again = torch.cat([part for part, _ in held_out_batches(source, config, make_model())])
+    assert torch.equal(images, again)
+    seen = {image.numpy().tobytes() for batch, _ in calibration_batches(source, config, make_model(), 100) for image in batch}
+    assert not seen & {image.numpy().tobytes() for image in images}
+    assert held_out_batches(whole, config, make_model()) is None
+
+
+@pytest.mark.parametrize("count", [1500, 5000])
+def test_not_all_images_can_be_held_out(count):
+    with pytest.raises(CompressError, match=r"data.held_out: expected fewer than the \d+ training images"):
+        open_source(DataConfig(source="digits", held_out=count), 1)

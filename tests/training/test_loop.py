@@ -1,6 +1,7 @@
 """The loop learns, distils, and resumes to the same bits."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ def test_learns_real_digits(make_model, make_loaders, digits):
 CONFIGS = {
     "adamw, average of weights, warm-up": TrainConfig(epochs=3, lr=3e-3, ema_decay=0.9, warmup_epochs=1, clip_grad=1.0),
     "sgd, step schedule": TrainConfig(epochs=3, opt="sgd", lr=0.05, sched="step", decay_epochs=1, opt_args={"nesterov": True}),
+    "mixing": TrainConfig(epochs=3, lr=3e-3, mixup=0.2, cutmix=1.0, smoothing=0.1),
     "channels last": TrainConfig(epochs=3, lr=3e-3, channels_last=True, ema_decay=0.9),
     "distillation": FinetuneConfig(epochs=3, lr=1e-3, distill=DistillConfig(temperature=2.0), smoothing=0.1),
     "features": FinetuneConfig(epochs=3, lr=1e-3, distill=DistillConfig(match="features"), ema_decay=0.9),
@@ -72,6 +74,20 @@ def test_channels_last_is_a_matter_of_rounding(make_model, make_loaders):
         assert any(formats) == last
         assert all(parameter.is_contiguous() for parameter in model.parameters())
     assert losses[True] == pytest.approx(losses[False], rel=1e-3)
+
+
+def test_mixing_gives_the_criterion_mixed_images_and_labels(make_model, make_loaders):
+    model, seen = make_model(), []
+    train, test = make_loaders(augment=AugmentConfig(no_aug=True))
+    real = {image.numpy().tobytes() for images, _ in train for image in images}
+    model.register_forward_pre_hook(lambda module, args: seen.append(args[0]) if module.training else None)
+    history = fit(model, train, test, TrainConfig(epochs=1, lr=1e-6, mixup=1.0))
+    mixed = [image.numpy().tobytes() not in real for images in seen for image in images]
+    assert sum(mixed) > len(mixed) / 2
+    assert history[0].train_loss > 0.9 * math.log(10)
+    odd, _ = make_loaders(batch_size=31)
+    with pytest.raises(CompressError, match="mixup, cutmix: expected an even number of images in a process's batch, found 31"):
+        fit(make_model(), odd, test, TrainConfig(epochs=1, lr=1e-3, cutmix=1.0))
 
 
 def test_workers_resume_to_the_same_bits(tmp_path, make_model, make_loaders):

@@ -3,16 +3,22 @@
 import pytest
 import torch
 
+from zoo_compress.methods.exits import ExitsConfig
 from zoo_compress.methods.netaug import NetAugConfig
 from zoo_compress.methods.slim import SlimConfig
 from zoo_compress.methods.us import UsConfig
+from zoo_compress.profiling.settings import ways
 from zoo_compress.training.config import TrainConfig
 from zoo_compress.training.loop import Phase, evaluate, fit
+from zoo_compress.training.task import nested
 
 METHODS = {
     "slim": SlimConfig(widths=(0.5, 1.0)),
     "us": UsConfig(widths=(0.5, 1.0), samples=3),
     "netaug": NetAugConfig(r=2, s=2),
+    "exits": ExitsConfig(exits=1),
+    "exits, slim": nested([ExitsConfig(exits=1, distill=0.3), SlimConfig(widths=(0.5, 1.0))]),
+    "exits, us": nested([ExitsConfig(exits=1), UsConfig(widths=(0.5, 1.0), samples=2)]),
 }
 
 
@@ -52,7 +58,7 @@ def test_learns_real_digits_at_every_width(make_model, make_loaders, digits, met
     net = method.wrap(make_model())
     history = fit(net, train, test, TrainConfig(epochs=4, lr=3e-3), method=method, calibration=calibration)
     result = method.finish(net, calibration)
-    models = [result.export(width) for width in result.widths] if hasattr(result, "widths") else [result]
-    assert len(models) == (1 if method.kind == "netaug" else 2)
-    assert evaluate(models[-1], test)["top1"] == history[-1].top1
+    models = list(ways(result).values())
+    assert len(models) == {"netaug": 1, "nested": 4}.get(method.kind, 2)
+    assert evaluate(models[0], test)["top1"] == history[-1].top1
     assert all(evaluate(model, test)["top1"] > 70 for model in models)

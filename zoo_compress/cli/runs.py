@@ -1,6 +1,7 @@
 """Commands that run for long: recipes, and the table over timm's registry."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -35,6 +36,70 @@ def run(recipe: Path, fresh: bool, seed: int | None) -> None:
         raise SystemExit(130) from None
     if record.table:
         click.echo(format_table(record.table))
+
+
+SEEDS = click.option("--seeds", type=int, multiple=True, default=(0, 1, 2), show_default=True, help="A seed to run with; repeat for more.")
+
+
+@cli.command(
+    epilog=examples(
+        "zoo-compress compare recipes/elastic/fmnist_slim.yaml recipes/elastic/fmnist_alone_50.yaml",
+        "zoo-compress compare RECIPE OTHER --seeds 0 --seeds 1",
+    )
+)
+@click.argument("recipes", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RECIPE...")
+@SEEDS
+def compare(recipes: tuple[Path, ...], seeds: tuple[int, ...]) -> None:
+    """Run recipes with several seeds, or what is left of that, and print their models in one table with mean and spread of accuracy."""
+    from ..compare import compare as run_all
+    from ..compare import format_lines
+
+    click.echo(format_lines(run_all(recipes, seeds)))
+
+
+@cli.command(epilog=examples("zoo-compress rethink recipes/test_byobnet_fmnist_half.yaml", "zoo-compress rethink RECIPE --seeds 0"))
+@click.argument("recipe", type=click.Path(path_type=Path))
+@SEEDS
+def rethink(recipe: Path, seeds: tuple[int, ...]) -> None:
+    """Run RECIPE, then train what it ends with from scratch, and print both with mean and spread of accuracy.
+
+    Scratch-E trains for as many epochs as the recipe trained before it compressed, Scratch-B with as much compute (Liu et al. 2019). Model
+    cards of the runs show both from then on.
+    """
+    from ..compare import format_lines
+    from ..rethink import rethink as run_all
+
+    click.echo(format_lines(run_all(recipe, seeds)))
+
+
+@cli.command(
+    epilog=examples(
+        "zoo-compress lottery recipes/elastic/fmnist_alone_100.yaml",
+        "zoo-compress lottery RECIPE --rounds 12 --rewind 100 --control reinit --seeds 0 --seeds 1 --plot tickets.png",
+    )
+)
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--rounds", type=int, default=8, show_default=True, help="How often weights are removed.")
+@click.option("--fraction", type=float, default=0.2, show_default=True, help="Of the remaining weights, how many a round removes.")
+@click.option("--output-fraction", type=float, help="The same for the output layer, in the local scope; half of --fraction unless given.")
+@click.option("--scope", default="local", show_default=True, help="local removes as much of each layer, global the smallest of all.")
+@click.option("--rewind", type=int, default=0, show_default=True, help="Step of the first training that every ticket starts from.")
+@click.option("--control", "controls", multiple=True, help="reinit, random, signs or finetune; repeat for more, all unless given.")
+@click.option("--every", type=int, default=1, show_default=True, help="Controls at every so many rounds.")
+@click.option("--plot", "picture", type=click.Path(path_type=Path, dir_okay=False), help="Image file for the curves.")
+@click.option("--seeds", type=int, multiple=True, default=(0,), show_default=True, help="A seed to run with; repeat for more.")
+def lottery(recipe: Path, seeds: tuple[int, ...], picture: Path | None, controls: Any, **settings: Any) -> None:
+    """Draw lottery tickets: repeat RECIPE's training with ever fewer of its weights, each time from their values at its beginning.
+
+    Prints accuracy against the weights that are left, for tickets and controls (Frankle & Carbin 2019). Goes on where it was stopped.
+    """
+    from ..lottery import CONTROLS, LotteryConfig, curves, format_curves, plot
+    from ..lottery import lottery as run_all
+
+    table = curves(run_all(recipe, LotteryConfig(controls=controls or CONTROLS, **settings), seeds))
+    click.echo(format_curves(table))
+    if picture is not None:
+        plot(table, picture, recipe.stem)
 
 
 @cli.command(

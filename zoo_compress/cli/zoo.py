@@ -17,15 +17,14 @@ def list_(pattern: str) -> None:
     """List the variants of the zoo: accuracy, MACs, parameters, bytes of weights, and where they are."""
     import zoo_compress as zc
 
+    from ..record import aligned
+
     rows = [["", "data", "top-1", "MACs", "parameters", "bytes", "where"]]
     for v in zc.list_variants(pattern):
         rows.append([v.name, v.dataset, f"{v.top1:.2f}%", f"{v.macs:,}", f"{v.params:,}", f"{v.size:,}", v.source])
     if len(rows) == 1:
         raise CompressError(f"list: no variant's name, nor its base's, matches {pattern!r}")
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for name, data, *numbers, where in rows:
-        cells = [cell.rjust(width) for cell, width in zip(numbers, widths[2:-1], strict=True)]
-        click.echo("  ".join([name.ljust(widths[0]), data.ljust(widths[1]), *cells, where]).rstrip())
+    click.echo(aligned(rows, left=2))
 
 
 @cli.command(
@@ -132,7 +131,10 @@ def publish(owner: str, file: Path | None, runs: Path, tag: str | None, private:
 @click.argument("recipe")
 @click.option("--cards", type=click.Path(path_type=Path), default="model_cards", show_default=True, help="Folder of cards.")
 @click.option("--index", "file", type=click.Path(path_type=Path), help="The index to write; the package's own unless given.")
-def ship(directory: Path, name: str, recipe: str, cards: Path, file: Path | None) -> None:
+@click.option(
+    "--seed-run", "seeds", multiple=True, type=click.Path(path_type=Path), help="Output folder of the same recipe with another seed."
+)
+def ship(directory: Path, name: str, recipe: str, cards: Path, file: Path | None, seeds: tuple[Path, ...]) -> None:
     """Add a finished run to the zoo (for maintainers): index, card, and weights below 1 MB.
 
     DIR is the output folder of RECIPE, a file in recipes/; NAME is BASE__METHOD.TAG.
@@ -140,7 +142,7 @@ def ship(directory: Path, name: str, recipe: str, cards: Path, file: Path | None
     from ..sharing.ship import ship as add
     from ..zoo.index import INDEX
 
-    entry = add(directory, name, recipe, cards=cards, file=file or INDEX)
+    entry = add(directory, name, recipe, seeds=seeds, cards=cards, file=file or INDEX)
     click.echo(f"{entry.name}: {entry.size:,} bytes, {'shipped' if entry.checkpoint else 'too large to ship: its recipe makes it'}")
 
 

@@ -2,15 +2,18 @@
 
 from typing import TypeAlias
 
+from .exits import ExitsConfig
 from .factorize import FactorizeConfig
+from .gradual import GradualConfig
 from .netaug import NetAugConfig
 from .reinitialize import ReinitializeConfig
 from .separate import SeparateConfig
 from .slim import SlimConfig
+from .sparse import SparsifyConfig
 from .us import UsConfig
 
-Trained: TypeAlias = SlimConfig | UsConfig | NetAugConfig
+Trained: TypeAlias = SlimConfig | UsConfig | NetAugConfig | GradualConfig | ExitsConfig
 """Methods that a training stage of a recipe may name. A method is one file and one entry here."""
 
-Changed: TypeAlias = FactorizeConfig | ReinitializeConfig | SeparateConfig
+Changed: TypeAlias = FactorizeConfig | ReinitializeConfig | SeparateConfig | SparsifyConfig
 """Methods that are a stage of a recipe: they turn one model into another at once. A method is one file and one entry here."""

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ..errors import CompressError
 from ..structure import terms
 from ..structure.layout import Layout, parse
+from ..surgery.modules import statistics as running
 
 Data = Iterable[tuple[torch.Tensor, torch.Tensor]]
 Statistic = Callable[[nn.Module, Data], "dict[str, torch.Tensor]"]
@@ -118,7 +119,7 @@ def scores(
         raise ValueError(f"criterion {criterion!r} is no importance of torch-pruning")
     statistics: dict[str, torch.Tensor] = {}
     if chosen.statistic is not None:
-        statistics = _gather(model, chosen.statistic, criterion, data)
+        statistics = gather(model, chosen.statistic, criterion, data)
     found = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -135,10 +136,27 @@ def scores(
     return found
 
 
-def _gather(model: nn.Module, statistic: Statistic, criterion: str, data: Data | None) -> dict[str, torch.Tensor]:
+def gather(
+    model: nn.Module, statistic: Statistic, criterion: str, data: Data | None, *, batch_statistics: bool = False
+) -> dict[str, torch.Tensor]:
+    """A statistic of data: parameter name → tensor of its shape.
+
+    Args:
+        model: The model, not changed; a copy of it runs in eval mode.
+        statistic: The function that gathers.
+        criterion: What it is for, for messages.
+        data: Batches of (images, class indices).
+        batch_statistics: Let layers with running statistics use those of each batch instead.
+
+    Raises:
+        CompressError: If there is no data, or none that the model takes.
+    """
     if data is None:
         raise CompressError(f"criterion {criterion!r} looks at data: pass data=, an iterable of (images, class indices) batches")
     subject = copy.deepcopy(model).eval().requires_grad_(True)
+    if batch_statistics:
+        for path in running(subject):
+            subject.get_submodule(path).train()
     try:
         found = statistic(subject, data)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:

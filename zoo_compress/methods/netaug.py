@@ -26,6 +26,7 @@ from ..surgery.calibrate import calibrate
 from ..surgery.elastic import Elastic, make_elastic_
 from ..surgery.grow import grow, growable
 from ..surgery.modules import get_tensor, statistics
+from ..surgery.origin import refuse_packed
 from ..surgery.resize import check_fits, reindex
 from ..surgery.trace import analyze, empty_input
 from ..surgery.tracer import named_tensors
@@ -64,7 +65,7 @@ class NetAugConfig(MethodConfig):
     def task(self, task: TrainingTask, seed: int) -> NetAugTask:
         return NetAugTask(task, alpha=self.alpha, sort=self.sort, sort_momentum=self.sort_momentum, seed=seed)
 
-    def finish(self, net: Any, images: Iterable[object]) -> nn.Module:
+    def finish(self, net: Any, images: Iterable[object], held_out: Iterable[object] = ()) -> nn.Module:
         return net.export()
 
 
@@ -181,6 +182,7 @@ def netaug(model: nn.Module, r: float = 3, s: int = 3, *, layout: Layout | None 
         raise CompressError(f"netaug: expected s, a number of steps of at least 1, found {s!r}")
     if isinstance(model, Elastic):
         raise CompressError(f"netaug: {type(model).__name__} runs at several widths already; export one of them first")
+    refuse_packed(model, "netaug")
     layout = analyze(model) if layout is None else layout
     check_fits(model, layout)
     layout = layout.settled()
@@ -249,7 +251,7 @@ class NetAugTask(MethodTask):
         net.set_base()
         return {**base, "loss": base["loss"] + self.alpha * augmented["loss"], "base_loss": base["loss"], "aug_loss": augmented["loss"]}
 
-    def start_epoch(self, epoch: int, epochs: int, optimizer: torch.optim.Optimizer) -> None:
+    def start_epoch(self, epoch: int, epochs: int, optimizer: torch.optim.Optimizer, steps: int = 1) -> None:
         self.residual = epoch < RESIDUAL_UNTIL * epochs
         if self.sort:
             self.net.sort_(optimizer if self.sort_momentum else None)

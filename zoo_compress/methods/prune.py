@@ -19,6 +19,7 @@ from ..structure.widths import Group, groups
 from ..surgery.calibrate import follow_
 from ..surgery.images import image_batches
 from ..surgery.moments import Moments, gather
+from ..surgery.origin import forget_packed
 from ..surgery.reconstruct import reconstruct_
 from ..surgery.resize import check_fits, resize
 from ..surgery.trace import analyze, empty_input
@@ -157,6 +158,7 @@ def prune(
     if reconstruct is not None:
         reconstruct_(small, model, layout, widths, moments)
         follow_(small, model, layout, widths, images)
+        forget_packed(small)
     # What does not run as computed is not given out.
     check_runs(small, layout, sizes, empty_input(small, layout.input_shape))
     return small

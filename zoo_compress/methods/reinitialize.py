@@ -15,8 +15,10 @@ from timm.models import create_model
 from torch import Tensor, nn
 
 from ..errors import CompressError
+from ..structure.packed import Packing
+from ..surgery.masks import apply_, masks_of
 from ..surgery.modules import clear_caches, statistics
-from ..surgery.origin import origin
+from ..surgery.origin import forget_packed, origin, packed_of
 from ..training.task import ChangeConfig
 
 # Deviation times the root of the fan, of initialisations whose deviation follows the fan: He et al. 2015, LeCun et al. 1998, and torch's
@@ -40,7 +42,7 @@ def reinitialize(model: nn.Module, seed: int = 0) -> nn.Module:
     The architecture it was made of is created anew, and its random weights are cut to the model's shapes. Where their deviation follows
     the number of inputs or outputs (He, LeCun, Glorot, torch's default) it is scaled to the model's numbers. Weights the architecture
     does not have, such as heads of exits, are initialised by their layers (`reset_parameters`). Running statistics start over; other
-    buffers stay.
+    buffers stay. Removed weights stay removed; weights that shared values do not any more.
 
     Args:
         model: A model that timm's factory made.
@@ -65,6 +67,9 @@ def reinitialize(model: nn.Module, seed: int = 0) -> nn.Module:
         for name, buffer in fresh.named_buffers():
             if name in start and name in kept:
                 buffer.copy_(_drawn(start[name], buffer.shape))
+    masked = [name for name, packing in packed_of(model).items() if packing.mask]
+    apply_(fresh, masks_of(model, masked))
+    forget_packed(fresh, dict.fromkeys(masked, Packing(mask=True)))
     clear_caches(fresh)
     return fresh
 

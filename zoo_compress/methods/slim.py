@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..training.config import Count
 from ..training.task import MethodConfig, MethodTask
-from .slimmable import WIDTHS, Slimmable, slim
+from .slimmable import WIDTHS, Slimmable, slimmed
 
 
 class SlimConfig(MethodConfig):
@@ -29,7 +29,7 @@ class SlimConfig(MethodConfig):
     round_to: Count = 8
 
     def wrap(self, model: nn.Module) -> Slimmable:
-        return slim(model, self.widths, round_to=self.round_to)
+        return slimmed(model, self.widths, round_to=self.round_to)
 
     def task(self, task: TrainingTask, seed: int) -> SlimTask:
         return SlimTask(task)

@@ -9,16 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import CompressError, WidthError
+from ..profiling.settings import Adjustable, Fitted, Value, ways
 from ..structure.bank import Bank, Choice, bank
 from ..structure.layout import Layout
 from ..structure.variant import record
 from ..structure.widths import groups, uniform
 from ..surgery.elastic import Elastic, make_elastic_
-from ..surgery.origin import origin, stamp
+from ..surgery.exits import ExitsModel
+from ..surgery.origin import origin, refuse_packed, stamp
 from ..surgery.resize import check_fits
 from ..surgery.trace import analyze
 
@@ -26,7 +29,7 @@ WIDTHS = (0.25, 0.5, 0.75, 1.0)
 """Those of the first paper."""
 
 
-class Slimmable(Elastic):
+class Slimmable(Elastic, Adjustable):
     """A network whose width is one number. See `Elastic` for what it is made of."""
 
     @property
@@ -69,21 +72,49 @@ class Slimmable(Elastic):
             sizes[width] = {**self.layout.base_sizes, **uniform(self.groups, width, self.round_to)}
         return sizes[width], float(width)
 
-    def export(self, width: float | Mapping[str, int] | None = None) -> nn.Module:
+    def knobs(self) -> dict[str, tuple[Value, ...]]:
+        """The widths that it can be evaluated at, beside what other knobs it has."""
+        known = {*self.widths, *(choice.width for choice in self.choices if choice.width is not None)}
+        return {"width": tuple(width for width in sorted(known) if self._calibrated(self.sizes_at(width)[0])), **super().knobs()}
+
+    def chosen(self) -> dict[str, Any]:
+        return {"width": self.sizes, **super().chosen()}
+
+    def fit(self, latency_ms: float, **options: Any) -> Fitted:
+        """See `Adjustable.fit`. Copies of the weights at the chosen width are kept from then on, which saves their time in every pass.
+
+        Whoever then changes weights by way of `tensor.data`, of which torch keeps no count, has to set the width again.
+        """
+        self._elastic.keep = True
+        return super().fit(latency_ms, **options)
+
+    def ways(self) -> dict[str, nn.Module]:
+        """A model of its own for every width, the widest first, and of each every way it runs in."""
+        found = {}
+        for width in self.widths[::-1]:
+            for label, model in ways(self.export(width)).items():
+                found[f"×{width:g} {label}".rstrip()] = model
+        return found
+
+    def export(self, width: float | Mapping[str, int] | None = None, exit: int | None = None) -> nn.Module:
         """A model of its own with one width, with equal outputs to the bit. It saves and reloads as a pruned one.
 
         Args:
             width: A fraction, or axis → size; None takes the chosen width.
+            exit: Of a network with early exits: where it ends, as for `export` of such a network. None keeps them all.
 
         Raises:
             WidthError: If the network does not run at that width.
-            CompressError: If it was never calibrated at it.
+            CompressError: If it was never calibrated at it, or has no such exit.
         """
+        if exit is not None and not isinstance(self, ExitsModel):
+            raise CompressError(f"exit: expected none, {type(self).__name__} has no early exits, found {exit!r}")
         before = self.sizes
         if width is not None:
             self.set_widths(self.sizes_at(width)[0])
         try:
-            return self.static()
+            static: Any = self.static()
+            return static if exit is None else static.export(exit)
         finally:
             self.set_widths(before)
 
@@ -130,6 +161,7 @@ def slim(
         CompressError: If a width is out of (0, 1], two of them come to the same sizes, or no axis of the model may change.
     """
     chosen = _checked(widths, round_to)
+    refuse_packed(model, "slim")
     layout = analyze(model) if layout is None else layout
     check_fits(model, layout)
     movable = groups(layout)
@@ -154,6 +186,20 @@ def restore_slimmable_(model: nn.Module, layout: Layout, noted: Bank) -> Slimmab
     net.stamp()
     net.set_width(net.widths[-1])
     return net
+
+
+def slimmed(model: nn.Module, widths: Sequence[float], *, universal: bool = False, round_to: int = 8) -> Slimmable:
+    """What `slim` makes; a network that it has made already, as long as it is the same.
+
+    Raises:
+        CompressError: If the network runs at other widths.
+    """
+    if not isinstance(model, Slimmable):
+        return slim(model, widths, universal=universal, round_to=round_to)
+    if model.widths != _checked(widths, round_to) or model.universal != universal:
+        kind = "a universal network" if model.universal else "a network"
+        raise CompressError(f"slim: expected the widths of the model, {kind} of {_listed(model.widths)}, found {_listed(widths)}")
+    return model
 
 
 def _checked(widths: Sequence[float], round_to: int) -> tuple[float, ...]:

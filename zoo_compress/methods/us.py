@@ -12,13 +12,12 @@ import numpy as np
 from pydantic import Field
 from timm.task import TrainingTask
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..errors import CompressError
 from ..surgery.calibrate import calibrate
 from ..training.config import Count
 from ..training.task import MethodConfig, MethodTask
-from .slimmable import WIDTHS, Slimmable, slim
+from .slimmable import WIDTHS, Slimmable, slimmed
 
 
 class UsConfig(MethodConfig):
@@ -36,12 +35,12 @@ class UsConfig(MethodConfig):
     round_to: Count = 8
 
     def wrap(self, model: nn.Module) -> Slimmable:
-        return slim(model, self.widths, universal=True, round_to=self.round_to)
+        return slimmed(model, self.widths, universal=True, round_to=self.round_to)
 
     def task(self, task: TrainingTask, seed: int) -> UsTask:
         return UsTask(task, samples=self.samples, seed=seed)
 
-    def finish(self, net: Any, images: Iterable[object]) -> nn.Module:
+    def finish(self, net: Any, images: Iterable[object], held_out: Iterable[object] = ()) -> nn.Module:
         for width in net.widths[:-1]:
             calibrate(net, width, images)
         return net
@@ -65,6 +64,11 @@ class UsTask(MethodTask):
         super().__init__(task, Slimmable)
         if not self.net.universal:
             raise CompressError("UsTask: expected a universal network, zoo_compress.slim(model, universal=True), found one of fixed widths")
+        if isinstance(task, MethodTask) and task.frozen:
+            raise CompressError(
+                "UsTask: expected a network that is trained as a whole: in a frozen one, random widths have no statistics. Train the heads "
+                "of exits at fixed widths (slim), or everything"
+            )
         if samples < 2:
             raise CompressError(f"UsTask: expected at least 2 widths in a step, found {samples}")
         self.samples, self.seed = samples, seed
@@ -78,6 +82,6 @@ class UsTask(MethodTask):
         draw = np.random.default_rng([self.seed, self.take_draw()])
         for width in (least, *draw.uniform(least, most, self.samples - 2)):
             net.set_width(float(width))
-            result["loss"] = result["loss"] + F.cross_entropy(self.trained(input), soft)
+            result["loss"] = result["loss"] + self.imitate(input, soft)
         net.set_width(most)
         return result

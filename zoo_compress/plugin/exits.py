@@ -36,7 +36,7 @@ def create(base: str, **kwargs: Any) -> nn.Module:
 
 
 def _create(request: Request) -> nn.Module:
-    from ..methods.exits import add_exits
+    from ..methods.exiting import add_exits
 
     variant = request.stored()
     if variant is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Mapping
@@ -19,7 +20,10 @@ from torch import Tensor, nn
 from ..errors import CompressError, VariantError
 from ..structure.variant import OPTIONS, Variant
 from ..surgery.elastic import Elastic
+from ..surgery.packing import assignments, pack_state
 from .weights import CONFIG, DIGEST, WEIGHTS, digest
+
+_logger = logging.getLogger(__name__)
 
 
 def save(model: nn.Module, directory: str | Path) -> None:
@@ -46,7 +50,7 @@ def save(model: nn.Module, directory: str | Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as scratch:
             weights, config = Path(scratch, WEIGHTS), Path(scratch, CONFIG)
-            save_file(_tensors(model), weights, metadata={"format": "pt"})
+            save_file(_packed(model), weights, metadata={"format": "pt"})
             config.write_text(_config(model, digest(weights), config), encoding="utf-8")
             if "variant" in getattr(model, "_model_args", {}):
                 _check_loads(Path(scratch))
@@ -139,6 +143,19 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
         storages.add(tensor.untyped_storage().data_ptr())
         tensors[name] = tensor
     return tensors
+
+
+def _packed(model: nn.Module) -> dict[str, Tensor]:
+    """The state as it is stored, with what the model says it keeps of zeros and shared values packed."""
+    record = getattr(model, "_model_args", {}).get("variant")
+    packed = {} if record is None else Variant.from_dict(record).packed
+    tensors = _tensors(model)
+    for name, packing in packed.items():
+        if name in tensors and packing.bits is not None and assignments(tensors[name], packing) is None:
+            _logger.warning(
+                f"save: {name} has more than the {2**packing.bits} values of {packing.bits} bits: is it new, or trained freely?"
+            )
+    return pack_state(tensors, packed)
 
 
 def _config(model: nn.Module, weights_digest: str, scratch: Path) -> str:

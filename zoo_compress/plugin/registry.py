@@ -12,7 +12,7 @@ from timm.models import PretrainedCfg, _registry, generate_default_cfgs, list_mo
 from torch import nn
 
 from ..zoo import index
-from . import exits, lowrank, netaug, pruned, separable, slim
+from . import exits, lowrank, netaug, pruned, separable, slim, sparse
 from .remote import CONFIG
 
 KINDS: dict[str, ModuleType] = {
@@ -22,6 +22,7 @@ KINDS: dict[str, ModuleType] = {
     "exits": exits,
     "lowrank": lowrank,
     "separable": separable,
+    "sparse": sparse,
 }
 """Kind → module whose `create(base, **kwargs)` makes such a model of a timm architecture. A kind is one line here."""
 

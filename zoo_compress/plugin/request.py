@@ -10,14 +10,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.models import PretrainedCfg, _factory, get_pretrained_cfg, model_entrypoint, resolve_pretrained_cfg
 from torch import Tensor, nn
 
 from ..errors import CompressError, VariantError
+from ..methods.exiting import attach_exits_
 from ..structure.variant import OPTIONS, Variant
 from ..surgery import factors
-from ..surgery.exits import attach_
+from ..surgery.masks import mask_
 from ..surgery.origin import origin
+from ..surgery.packing import unpack_state
 from ..surgery.restore import check, present, restore_
 from ..surgery.rows import Boundary
 from ..zoo import index
@@ -134,6 +137,7 @@ class Request:
         if self.pretrained:
             state, where = weights.read(self.cfg, self.cache_dir)
             limit = allowance(state, where)
+            state = unpack_state(state, variant.packed, where)
             if variant.bank is not None:
                 private = {name: state.pop(name) for name in list(state) if name.startswith(PRIVATE)}
             self._check_classes(state, where)
@@ -268,13 +272,16 @@ def restored(
         two = factors.present(built.model, variant.factors)
         factors.replace_(built.model, two)
         if variant.exits and not args.get("features_only"):
-            attach_(built.model, variant.exits, boundaries)
+            attach_exits_(built.model, variant.exits, boundaries)
         fitting = present(built.model, variant)
         if fitting != variant or two != variant.factors:
             # The model was asked for without its classifier, or as features. The record must still fit what it was made of.
             whole = factors.replace_(entrypoint(pretrained=False, **source_args), variant.factors)
-            check(attach_(whole, variant.exits) if variant.exits else whole, variant)
+            check(attach_exits_(whole, variant.exits) if variant.exits else whole, variant)
         restore_(built.model, fitting)
+        for name in fitting.packed:  # random weights are whole, even where they begin as zero
+            weight = built.model.get_parameter(name)
+            mask_(weight, torch.ones_like(weight, dtype=torch.bool))
         load(built)
 
     model = build(entrypoint, replace(cfg, state_dict=None), between, **args)

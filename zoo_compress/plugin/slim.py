@@ -16,7 +16,7 @@ from .request import PRIVATE, Request, answer
 __all__ = ["create"]
 
 OPTIONS = ("widths", "universal", "round_to")
-"""Arguments of `zoo_compress.slim`."""
+"""Arguments of `zoo_compress.slim`; `exits` is that of `add_exits`."""
 
 
 def create(base: str, **kwargs: Any) -> nn.Module:
@@ -27,7 +27,8 @@ def create(base: str, **kwargs: Any) -> nn.Module:
         **kwargs: timm's factory arguments but those of feature extractors (export a width first), the base's own, and either
 
             - `variant`: a record, as config.json holds it. With `pretrained=True` weights come from where the cfg points to; or
-            - `widths`, `universal` and `round_to` of `zoo_compress.slim`. With `pretrained=True` the bank starts from the base's weights
+            - `widths`, `universal` and `round_to` of `zoo_compress.slim`, and `exits` of `zoo_compress.add_exits` for a network that has
+              early exits as well. With `pretrained=True` the bank starts from the base's weights
               (`base_tag` chooses which), at which only the whole is of use before training.
 
     Raises:
@@ -37,13 +38,16 @@ def create(base: str, **kwargs: Any) -> nn.Module:
 
 
 def _create(request: Request) -> nn.Module:
+    from ..methods.exiting import add_exits
     from ..methods.slimmable import restore_slimmable_, slim
 
     if request.args.get("features_only"):
         raise CompressError(f"{request.name}: expected a classifier, found features_only=True: export a width of it and save that first")
     variant = request.stored()
     if variant is None:
-        return slim(request.base_model(), **request.chosen(OPTIONS))
+        options = request.chosen((*OPTIONS, "exits"))
+        exits, model = options.pop("exits", None), request.base_model()
+        return slim(model if exits is None else add_exits(model, exits), **options)
     if variant.bank is None:
         raise VariantError(f"variant.bank: expected what {request.name} runs at, found nothing")
     model, private = request.restore(variant)

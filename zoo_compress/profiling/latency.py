@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,12 +50,12 @@ def inference(models: Collection[nn.Module], threads: int | None = None) -> Iter
             clear_caches(model)
 
 
-def interleaved(models: Mapping[str, nn.Module], images: Mapping[str, torch.Tensor], *, runs: int, warmup: int) -> dict[str, np.ndarray]:
+def interleaved(models: Mapping[str, Callable[[Any], Any]], images: Mapping[str, Any], *, runs: int, warmup: int) -> dict[str, np.ndarray]:
     """Time forward passes in turns, so that what else the machine does falls on all models alike. To be called within `inference`.
 
     Args:
-        models: Name to model.
-        images: Name to its batch.
+        models: Name to model, or to another pass to time.
+        images: Name to its batch, or to what else the pass takes.
         runs: Timed passes of each model.
         warmup: Passes of each before, not timed.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,11 +15,12 @@ from ..surgery.images import fitting
 from ..surgery.trace import analyze
 from .latency import inference, interleaved
 from .memory import activation_memory, weight_memory
+from .sampled import Sampled
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Cost of one model.
+    """Cost of one model. Of one that does not treat all images alike (`Sampled`), MACs and time are averages over images it saw.
 
     Attributes:
         params: Number of parameters.
@@ -74,14 +75,15 @@ def measure_many(
     for name, value in {"batch_size": batch_size, "runs": runs, "warmup": warmup}.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise CompressError(f"measure: expected {name} of at least 1, found {value!r}")
-    macs = {name: analyze(model).macs() for name, model in models.items()}
+    macs = {name: model.macs() if isinstance(model, Sampled) else analyze(model).macs() for name, model in models.items()}
     images = {name: _images(model, batch_size) for name, model in models.items()}
+    passes = {name: _over(model) for name, model in models.items()}
     with inference(models.values(), threads) as used:
-        activations = {name: activation_memory(model, images[name]) for name, model in models.items()}
-        times = interleaved(models, images, runs=runs, warmup=warmup)
+        activations = {name: activation_memory(model, images[name][0]) for name, model in models.items()}
+        times = interleaved(passes, images, runs=runs, warmup=warmup)
     found = {}
     for name, model in models.items():
-        low, median, high = 1e3 * np.quantile(times[name], (0.25, 0.5, 0.75))
+        low, median, high = 1e3 * np.quantile(times[name] / len(images[name]), (0.25, 0.5, 0.75))
         found[name] = Measurement(
             params=sum(p.numel() for p in model.parameters()),
             macs=macs[name],
@@ -95,5 +97,15 @@ def measure_many(
     return found
 
 
-def _images(model: nn.Module, batch_size: int) -> torch.Tensor:
-    return fitting(model, torch.zeros(batch_size, *get_model_input_config(model)["input_size"]))
+def _images(model: nn.Module, batch_size: int) -> list[torch.Tensor]:
+    """Batches to time a model over: one without content, where all images take the same time."""
+    blank = torch.zeros(batch_size, *get_model_input_config(model)["input_size"])
+    return [fitting(model, batch) for batch in (model.batches(batch_size) if isinstance(model, Sampled) else [blank])]
+
+
+def _over(model: nn.Module) -> Callable[[list[torch.Tensor]], None]:
+    def run(batches: list[torch.Tensor]) -> None:
+        for batch in batches:
+            model(batch)
+
+    return run

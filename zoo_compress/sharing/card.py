@@ -35,7 +35,6 @@ HERE = "local-dir:."
 """Name in the snippet of a card that lies beside its weights."""
 
 _TEMPLATE = Path(__file__).with_name("card_template.md")
-_BASELINE = "Scratch"
 _UNMEASURED = (
     "Not measured: the same structure trained from scratch, for as many epochs (Scratch-E) or with as much compute (Scratch-B; Liu et al. "
     "2019, Rethinking the Value of Network Pruning). Without them this card does not say whether compression gained anything over training "
@@ -79,13 +78,28 @@ def write(directory: str | Path, seeds: Sequence[str | Path] = ()) -> Path:
     folder = saved_folder(Path(directory))
     if folder is None:
         raise CompressError(f"{directory}: expected a run that saved a model, found no save stage in its record")
-    others = tuple(finished(Path(other)) for other in seeds)
-    for other, where in zip(others, seeds, strict=True):
-        if {**other.recipe, **_own(record)} != record.recipe or other.seed == record.seed:
-            raise CompressError(f"{where}: expected the recipe of {directory} with another seed, found another recipe or the same seed")
-    subject = Subject(load(folder), folder, HERE, record, others)
+    subject = Subject(load(folder), folder, HERE, record, of_seeds(record, seeds))
     write_atomic(folder / README, render(subject, draw(subject, folder)).encode())
     return folder
+
+
+def of_seeds(record: Record, seeds: Sequence[str | Path]) -> tuple[Record, ...]:
+    """Records of the same recipe with other seeds.
+
+    Args:
+        record: Of the run they are to stand beside.
+        seeds: Output folders of the others.
+
+    Raises:
+        CompressError: One is no finished run of that recipe, or of a seed that is there already.
+    """
+    found = [record]
+    for where in seeds:
+        other = finished(Path(where))
+        if {**other.recipe, **_own(record)} != record.recipe or other.seed in {each.seed for each in found}:
+            raise CompressError(f"{where}: expected the recipe of the run with another seed, found another recipe or the same seed")
+        found.append(other)
+    return tuple(found[1:])
 
 
 def draw(subject: Subject, folder: Path, name: str = PICTURE) -> str | None:
@@ -129,9 +143,9 @@ def render(subject: Subject, picture_name: str | None = None) -> str:
         picture=picture_name,
         name=subject.name,
         results=_results(subject, about),
-        rows=[_cells(row, record.table[0], about) for row in record.table] if record else [],
+        rows=[_cells(row, record.table[0], about) for row in (*record.table, *record.baselines)] if record else [],
         measured=_measured(record) if record else "",
-        baselines=_baselines(record),
+        baselines=_baselines(subject),
         made=_made(record),
         recipe=to_yaml(recipe_of(record.recipe)) if record else "",
         facts=_facts(record) if record else [],
@@ -278,16 +292,14 @@ def _results(subject: Subject, about: Mapping[str, Any]) -> str:
         return f"{text}, one run with seed {record.seed}. How much another seed changes was not measured."
     top1 = [run.table[-1].top1 for run in (record, *subject.others)]
     seeds = ", ".join(str(run.seed) for run in (record, *subject.others))
-    return (
-        f"{text}: top-1 {statistics.mean(top1):.2f} ± {statistics.stdev(top1):.2f}% (mean and standard deviation of {len(top1)} runs, "
-        f"seeds {seeds}). The table is of the run with seed {record.seed}, whose weights these are."
-    )
+    return f"{text}: top-1 {_spread(top1)}, seeds {seeds}. The table is of the run with seed {record.seed}, whose weights these are."
 
 
 def _cells(row: Row, first: Row, about: Mapping[str, Any]) -> list[str]:
     share = "" if row is first else f" ({row.macs / first.macs:.1%})"
-    # The record measures memory, which for one of its models is a file as well: the one that is here.
-    size = f"{about['size']:,}" if row.label == "reloaded" else "–"
+    # Records of earlier versions know memory alone, which for one of their models is a file as well: the one that is here.
+    stored = about["size"] if row.label == "reloaded" else row.file_bytes
+    size = f"{stored:,}" if stored is not None else "–"
     return [
         row.label,
         f"{row.params:,}",
@@ -307,15 +319,23 @@ def _threads(count: int) -> str:
     return f"{count} thread{'s' * (count != 1)}"
 
 
-def _baselines(record: Record | None) -> str:
-    rows = [row for row in record.table if row.label.startswith(_BASELINE)] if record else []
-    if not rows:
+def _baselines(subject: Subject) -> str:
+    if subject.record is None or not subject.record.baselines:
         return _UNMEASURED
+    found: dict[str, list[float]] = {}
+    for record in (subject.record, *subject.others):
+        for row in record.baselines:
+            found.setdefault(row.label, []).append(row.top1)
     return (
-        "The same structure trained from scratch (Liu et al. 2019): "
-        + "; ".join(f"{row.label}: top-1 {row.top1:.2f}%" for row in rows)
-        + "."
+        "The same structure trained from scratch (Liu et al. 2019), for as many epochs (Scratch-E) or with as much compute (Scratch-B) as "
+        f"the training before compression: {'; '.join(f'{label}: top-1 {_spread(top1)}' for label, top1 in found.items())}."
     )
+
+
+def _spread(top1: Sequence[float]) -> str:
+    if len(top1) == 1:
+        return f"{top1[0]:.2f}%"
+    return f"{statistics.mean(top1):.2f} ± {statistics.stdev(top1):.2f}% (mean and standard deviation of {len(top1)} runs)"
 
 
 def _made(record: Record | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.models import model_entrypoint
@@ -10,6 +11,22 @@ from torch import nn
 
 from ..errors import CompressError
 from ..structure.variant import Variant
+
+
+def blank_figure(size: tuple[float, float]) -> Any:
+    """A matplotlib figure that no window shows, of so many inches.
+
+    Raises:
+        CompressError: Matplotlib is missing.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise CompressError("pictures need matplotlib: pip install 'zoo_compress[plots]'") from error
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def widths(model: nn.Module) -> list[tuple[str, int, int]]:
@@ -40,14 +57,8 @@ def draw(model: nn.Module, path: Path) -> None:
     Raises:
         CompressError: The model is not a compressed one, or matplotlib is missing.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise CompressError("the card's picture needs matplotlib: pip install 'zoo_compress[plots]'") from error
     layers = widths(model)
-    figure = Figure(figsize=(8, max(2.0, 0.6 + 0.16 * len(layers))), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank_figure((8, max(2.0, 0.6 + 0.16 * len(layers))))
     axes = figure.add_subplot()
     places = range(len(layers))
     axes.barh(places, [before for _, before, _ in layers], color="0.85", label="base")

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from ..recipe import Recipe
+from ..recipe import Recipe, methods_of
 
 
 def recipe_of(stored: Mapping[str, Any]) -> Recipe:
@@ -17,7 +17,7 @@ def recipe_of(stored: Mapping[str, Any]) -> Recipe:
     Raises:
         pydantic.ValidationError: It is not one that this version reads.
     """
-    stages = [_named(stage) for stage in stored["stages"]]
+    stages = [_named({**stage, "method": _methods(stage["method"])} if stage.get("method") else stage) for stage in stored["stages"]]
     return Recipe.model_validate_json(json.dumps({**stored, "stages": stages}))
 
 
@@ -26,10 +26,20 @@ def to_yaml(recipe: Recipe) -> str:
     content = recipe.model_dump(mode="json", exclude_defaults=True)
     stages = []
     for stage, short in zip(recipe.stages, content["stages"], strict=True):
+        methods = methods_of(stage)
+        if methods:
+            found = short["method"] if isinstance(short["method"], list) else [short["method"]]
+            named = [_named({**body, "kind": method.kind}) for method, body in zip(methods, found, strict=True)]
+            short["method"] = named if isinstance(short["method"], list) else named[0]
         ((kind, body),) = _named({**short, "kind": stage.kind}).items()
         stages.append({kind: body} if body else kind)
     return yaml.safe_dump({**content, "stages": stages}, sort_keys=False, allow_unicode=True, width=120).strip()
 
 
-def _named(stage: Mapping[str, Any]) -> dict[str, Any]:
-    return {stage["kind"]: {key: value for key, value in stage.items() if key != "kind"}}
+def _methods(found: Any) -> Any:
+    """What a stage says about one method or several, with their names outside."""
+    return [_named(method) for method in found] if isinstance(found, list) else _named(found)
+
+
+def _named(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {config["kind"]: {key: value for key, value in config.items() if key != "kind"}}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import CompressError
@@ -24,7 +24,13 @@ LARGEST = 1_000_000
 
 
 def ship(
-    directory: str | Path, name: str, recipe: str, *, cards: str | Path = "model_cards", file: str | Path = index.INDEX
+    directory: str | Path,
+    name: str,
+    recipe: str,
+    *,
+    seeds: Sequence[str | Path] = (),
+    cards: str | Path = "model_cards",
+    file: str | Path = index.INDEX,
 ) -> index.Entry:
     """Add the result of a finished run to the zoo: to the index, its card to a folder of cards, small weights to the package.
 
@@ -32,11 +38,12 @@ def ship(
         directory: Output folder of the run.
         name: `<base>__<method>.<tag>`.
         recipe: File in `recipes/` that makes it.
+        seeds: Output folders of runs of the same recipe with other seeds, for the spread on the card.
         cards: Folder of cards; its README.md, the table over all of them, is written anew.
         file: The index; checkpoints go to `checkpoints/` beside it. An entry of that name is replaced.
 
     Raises:
-        CompressError: There is no finished run, or it made something else than the name says.
+        CompressError: There is no finished run, it made something else than the name says, or the index cannot hold that.
     """
     directory, file, cards = Path(directory), Path(file), Path(cards)
     record = card.finished(directory)
@@ -55,7 +62,7 @@ def ship(
         for source in (folder / WEIGHTS, folder / CONFIG, directory / RECORD_NAME):
             write_atomic(target / source.name, source.read_bytes())
     cards.mkdir(parents=True, exist_ok=True)
-    subject = card.Subject(model, folder, name if entry.checkpoint else card.HERE, record)
+    subject = card.Subject(model, folder, name if entry.checkpoint else card.HERE, record, card.of_seeds(record, seeds))
     picture = card.draw(subject, cards, f"{name}.png")
     write_atomic(cards / f"{name}.md", card.render(subject, picture).encode())
     others = tuple(other for other in listing.variants if other.name != name)
@@ -71,7 +78,7 @@ def _entry(record: Record, folder: Path, name: str, recipe: str) -> index.Entry:
     size = (folder / WEIGHTS).stat().st_size
     data = record.recipe["data"]
     assert isinstance(data, dict)
-    return index.Entry(
+    return index.entry(
         name=name,
         dataset=card.dataset(str(data["source"])),
         top1=round(last.top1, 4),
@@ -160,11 +167,12 @@ def _collect(entry: index.Entry, zoo: Path, runs: Path, folder: Path, name: str)
     if entry.checkpoint:
         packaged(entry, folder, name, zoo / "checkpoints" / entry.checkpoint)
     else:
-        output = runs / str(entry.recipe).rpartition(".")[0]
-        made = card.saved_folder(output)
-        if made is None:
-            raise CompressError(f"expected the run of its recipe in {output}, found none; zoo-compress run recipes/{entry.recipe}")
-        source = card.write(output)
+        name = Path(str(entry.recipe)).stem
+        outputs = [path for path in (runs / name, *sorted(runs.glob(f"{name}_seed*"))) if card.saved_folder(path) is not None]
+        if not outputs:
+            raise CompressError(f"expected the run of its recipe in {runs / name}, found none; zoo-compress run recipes/{entry.recipe}")
+        made = {path: digest(Path(str(card.saved_folder(path))) / WEIGHTS) for path in outputs}
+        source = card.write(next((path for path in outputs if made[path] == entry.sha256), outputs[0]))
         for file in source.iterdir():
             if file.name in (CONFIG, WEIGHTS, card.README, card.PICTURE):
                 shutil.copyfile(file, folder / file.name)

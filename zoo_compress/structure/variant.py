@@ -15,13 +15,14 @@ from .bank import Bank
 from .exits import Exits
 from .factors import Factor
 from .layout import Layout, parse
+from .packed import Packing
 from .stored import MAX_ENTRIES, AxisName, Name, Path, Size, TermText
 
 VERSION: Literal[1] = 1
 
 OPTIONS = frozenset(
     {"variant", "keep", "macs", "params", "latency", "criterion", "scope", "round_to", "min_keep", "exclude", "seed", "base_tag"}
-    | {"batch_size", "threads", "widths", "universal", "r", "s", "exits", "energy", "scheme", "multiplier"}
+    | {"batch_size", "threads", "widths", "universal", "r", "s", "exits", "density", "pattern", "bits", "energy", "scheme", "multiplier"}
 )
 """Arguments of the plugin's entrypoints that say how to compress; never arguments of a base."""
 
@@ -54,6 +55,7 @@ class Variant(BaseModel):
         bank: What runs at many widths, in a network that does.
         exits: Early exits; their heads are part of what `params` describes.
         factors: Path of a layer of the base → the two that take its place, which `params` describes then.
+        packed: Parameter name → which zeros and shared values it keeps, for those that keep any.
         provenance: Recipe, seed, versions, hash of the parent checkpoint, … as JSON scalars.
     """
 
@@ -70,6 +72,7 @@ class Variant(BaseModel):
     bank: Bank | None = None
     exits: Exits | None = None
     factors: dict[Path, Factor] = Field(default={}, max_length=MAX_ENTRIES)
+    packed: dict[Path, Packing] = Field(default={}, max_length=MAX_ENTRIES)
     provenance: dict[Name, Scalar] = Field(default={}, max_length=256)
 
     @field_validator("base_args")
@@ -125,8 +128,8 @@ class Variant(BaseModel):
         return tuple(n if term is None else self.size(term) for term, n in zip(self.params[name], base, strict=True))
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as JSON values, for `config.json`. It says nothing of exits, a bank or factors where there are none."""
-        return self.model_dump(mode="json", exclude={name for name in ("bank", "exits", "factors") if not getattr(self, name)})
+        """The record as JSON values, for `config.json`. It says nothing of what the model has none of: exits, a bank, …"""
+        return self.model_dump(mode="json", exclude={name for name in ("bank", "exits", "factors", "packed") if not getattr(self, name)})
 
     @classmethod
     def from_dict(cls, obj: object) -> Variant:
@@ -229,6 +232,8 @@ def record(
             "bank": None if bank is None else bank.model_dump(),
             "exits": previous.exits.model_dump(mode="json") if previous and previous.exits else None,
             "factors": {path: factor.model_dump() for path, factor in previous.factors.items()} if previous else {},
+            # A bank is trained as a whole: what it had of zeros and shared values is not kept.
+            "packed": {name: p.model_dump() for name, p in previous.packed.items()} if previous and bank is None else {},
             "provenance": dict(provenance or {}),
         }
     )

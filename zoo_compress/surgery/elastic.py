@@ -56,6 +56,7 @@ class _State:
         views: Ready ones, by sizes.
         known: Width → sizes.
         running: The chosen widths stand in for the bank.
+        keep: Copies of weights at the chosen widths stay between passes.
     """
 
     layout: Layout
@@ -68,6 +69,7 @@ class _State:
     views: OrderedDict[tuple[int, ...], View] = field(default_factory=OrderedDict)
     known: dict[float, dict[str, int]] = field(default_factory=dict)
     running: bool = False
+    keep: bool = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _State:
         return replace(self, choices=list(self.choices), views=OrderedDict(), running=False)  # views are of the original's modules
@@ -110,8 +112,11 @@ class Elastic(nn.Module):
     @property
     def calibrated(self) -> bool:
         """Whether there are statistics for the chosen widths, or none are needed."""
+        return self._calibrated(self._elastic.sizes)
+
+    def _calibrated(self, sizes: Mapping[str, int]) -> bool:
         state = self._elastic
-        return state.sizes == self.layout.base_sizes or not state.normalised or any(c.sizes == state.sizes for c in state.choices)
+        return sizes == self.layout.base_sizes or not state.normalised or any(choice.sizes == sizes for choice in state.choices)
 
     def set_widths(self, sizes: Mapping[str, int]) -> None:
         """Choose the size of every axis; the first elements of each are used.
@@ -132,6 +137,9 @@ class Elastic(nn.Module):
         self._choose(chosen)
 
     def _choose(self, sizes: dict[str, int]) -> None:
+        view = self._elastic.views.get(tuple(self._elastic.sizes.values()))
+        if view is not None:
+            view.forget()
         if sizes != self._elastic.sizes:
             self._elastic.sizes = sizes
             for path in self._elastic.forgetful:
@@ -260,6 +268,7 @@ class Elastic(nn.Module):
             while len(views) > VIEWS:
                 views.popitem(last=False)
         views.move_to_end(key)
+        views[key].keep = self._elastic.keep
         return views[key]
 
     def _check_calibrated(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -11,21 +11,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import AnalysisError, CompressError
-from ..structure.exits import CONFIDENCES, Calibration, Exit, Exits, budgeted
+from ..structure.exits import CONFIDENCES, Calibration, Exits, budgeted
 from ..structure.variant import Variant
 from .images import fitting
 from .kernels import Kernels
 from .leaving import MEASURES, Decision, Every, Head, Leaving, Patience, Spent, Threshold, Until, thresholds_of
 from .proof import Trial, copy_of
 from .restore import present
-from .rows import Boundary, run, set_taps, visiting
+from .rows import Boundary, Visitor, run, set_taps, visiting
 from .trace import default_input
-from .tracer import named_tensors
+from .truncate import truncate_
 
 HEADS = "exits"
 """Name of the heads in the model: `exits.0.fc.weight`."""
@@ -45,16 +43,46 @@ class ExitsModel(nn.Module):
     record: Exits
     boundaries: tuple[Boundary, ...]
     _every = False
+    _chosen: int | None = None
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Logits (batch, classes), or in train mode a list of them."""
         if self.record.truncated:
             return self._until(0, x, *args, **kwargs)
         if not (self.training or self._every):
-            return super().forward(x, *args, **kwargs)
+            # Not by way of `_until` where there is no exit chosen: whoever exports the network sees its own forward pass.
+            return super().forward(x, *args, **kwargs) if self._chosen is None else self._until(self._chosen, x, *args, **kwargs)
         every = Every(self.exits, self.record.places)
-        last = run(super().forward, every, x, *args, **kwargs)
+        last = self.forward_followed(every, x, *args, **kwargs)
         return [*every.logits(), last]
+
+    def forward_followed(self, visitor: Visitor | None, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """The forward pass of the full network, followed by a visitor; None if that stopped it."""
+        return run(super().forward, visitor, x, *args, **kwargs)
+
+    @property
+    def chosen_exit(self) -> int:
+        """The exit at which the network ends in eval mode; the number of exits is its own end."""
+        return len(self.exits) if self._chosen is None else self._chosen
+
+    def set_exit(self, exit: int) -> None:
+        """Choose the exit at which the network ends in eval mode: later layers don't run. A checkpoint does not say which was chosen.
+
+        Args:
+            exit: Number of an exit, from 0; the number of exits is the network's own end.
+
+        Raises:
+            CompressError: If there is no such exit.
+        """
+        if self.record.truncated:
+            raise CompressError("set_exit: this network was exported and ends at its only exit")
+        self._check_exit(exit)
+        self._chosen = None if exit == len(self.exits) else exit
+
+    def _check_exit(self, exit: Any) -> None:
+        count = len(self.exits)
+        if not isinstance(exit, int) or isinstance(exit, bool) or not 0 <= exit <= count:
+            raise CompressError(f"exit: expected 0 to {count} ({count} is the network's own end), found {exit!r}")
 
     @contextmanager
     def every_output(self) -> Iterator[None]:
@@ -70,7 +98,7 @@ class ExitsModel(nn.Module):
         if not self.record.truncated or visiting():  # the model's own forward calls this too
             return super().forward_features(x, *args, **kwargs)  # type: ignore[misc]
         until = Until(self.record.places, None, 0)
-        run(super().forward, until, x, *args, **kwargs)
+        self.forward_followed(until, x, *args, **kwargs)
         return until.found
 
     def forward_head(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -109,7 +137,8 @@ class ExitsModel(nn.Module):
 
         With `exit`, all samples leave there and nothing later runs. With a threshold, samples that are confident leave at each exit and
         the others flow on in a batch that gets smaller (Teerapittayanon et al. 2016, BranchyNet). With `patience`, samples leave when so
-        many exits in a row agree on the class (Zhou et al. 2020, BERT Loses Patience). With none of them, the thresholds of `calibrate`.
+        many exits in a row agree on the class (Zhou et al. 2020, BERT Loses Patience). With none of them, the exit that was chosen, or else
+        the thresholds of `calibrate`.
 
         Args:
             x: Images (batch, channels, height, width).
@@ -126,17 +155,19 @@ class ExitsModel(nn.Module):
         Raises:
             CompressError: On arguments that make no sense together or lie outside what there is, and on a truncated network.
         """
+        if exit is None and threshold is None and patience is None and confidence is None:
+            exit = self._chosen
         decide = self._rule(exit, threshold, patience, confidence)
         if not isinstance(x, torch.Tensor) or x.ndim < 1 or len(x) == 0:
             found = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
             raise CompressError(f"infer: expected a batch of at least one image, found {found}")
         with evaluating(self):
             if exit is not None:
-                logits = self._until(exit, x) if exit < len(self.exits) else run(super().forward, None, x)
+                logits = self._until(exit, x) if exit < len(self.exits) else self.forward_followed(None, x)
                 return (logits, torch.full((len(x),), exit, device=logits.device)) if return_exits else logits
             leaving = Leaving(self.exits, self.record.places, self.boundaries, decide, x)
             # Tensors alive beside a tap are shrunk in place; the caller's own must not be.
-            leaving.finish(run(super().forward, leaving, x.detach()))
+            leaving.finish(self.forward_followed(leaving, x.detach()))
         return (leaving.logits, leaving.left) if return_exits else leaving.logits
 
     def _rule(self, exit: Any, threshold: Any, patience: Any, confidence: Any) -> Decision | None:
@@ -152,8 +183,7 @@ class ExitsModel(nn.Module):
         if confidence is not None and given not in (["threshold"], []):
             raise CompressError(f"confidence: is what a threshold is compared with; found {given[0]} instead of one")
         if exit is not None:
-            if not isinstance(exit, int) or isinstance(exit, bool) or not 0 <= exit <= count:
-                raise CompressError(f"exit: expected 0 to {count} ({count} is the network's own end), found {exit!r}")
+            self._check_exit(exit)
             return None
         if patience is not None:
             if not isinstance(patience, int) or isinstance(patience, bool) or not 2 <= patience <= count:
@@ -169,7 +199,7 @@ class ExitsModel(nn.Module):
 
     def _until(self, exit: int, x: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         until = Until(self.record.places, self.exits, exit)
-        run(super().forward, until, x, *args, **kwargs)
+        self.forward_followed(until, x, *args, **kwargs)
         return until.found
 
     def costs(self) -> tuple[int, ...]:
@@ -179,13 +209,11 @@ class ExitsModel(nn.Module):
     def _costs(self) -> tuple[tuple[int, ...], int]:
         """`costs`, and the MACs of the network without heads."""
         clone: Any = copy_of(self, "meta")
-        image = default_input(self)[:1]
         with Kernels(), FlopCounterMode(display=False) as counter, torch.no_grad():
-            spent = Spent(self.record.places, counter)
-            run(super(ExitsModel, clone).forward, spent, image)
-            base = counter.get_total_flops() // 2
-        heads = np.cumsum([sum(p.numel() for p in head.parameters() if p.ndim == 2) for head in self.exits])
-        return (*(at + int(own) for at, own in zip(spent.found, heads, strict=True)), base + int(heads[-1])), base
+            spent = Spent(clone.exits, self.record.places, counter)
+            clone.forward_followed(spent, default_input(self)[:1])
+            whole = counter.get_total_flops() // 2
+        return (*spent.found, whole), whole - spent.heads
 
     @torch.no_grad()
     def calibrate(self, loader: Iterable[Any], budget: float = 0.5, *, confidence: str = "max_softmax") -> Calibration:
@@ -242,21 +270,25 @@ class ExitsModel(nn.Module):
             raise CompressError(f"exit: expected 0 to {count - 1}, an early exit, found {exit!r}")
         short: Any = copy.deepcopy(self)
         short.zero_grad(set_to_none=True)
+        short._chosen = None
         short.exits = nn.ModuleList([short.exits[exit]])
         place = self.record.places[exit]
         set_taps(short, [place.place])
-        truncate_(short, place)
+        truncate_(short, place, HEADS)
         store(short, Exits(places=(place,), truncated=True), renamed=(f"{HEADS}.{exit}.", f"{HEADS}.0."))
         return short
 
 
-def attach_(model: nn.Module, record: Exits, boundaries: tuple[Boundary, ...] | None = None) -> nn.Module:
+def attach_(
+    model: nn.Module, record: Exits, boundaries: tuple[Boundary, ...] | None = None, kind: type[ExitsModel] = ExitsModel
+) -> nn.Module:
     """Give a model exits, in place. Their heads have random weights.
 
     Args:
-        model: The model, built for the class count and channels its heads are to have. Its class gets `ExitsModel` put over it.
+        model: The model, built for the class count and channels its heads are to have.
         record: Where. It is checked against a run without data before anything is made.
         boundaries: How rows leave there, if that was proven on such a model already; there is no such run then.
+        kind: `ExitsModel` or a subclass, which is put over the model's class: what the network can do.
 
     Raises:
         CompressError: If the record does not fit the model.
@@ -278,12 +310,12 @@ def attach_(model: nn.Module, record: Exits, boundaries: tuple[Boundary, ...] | 
     with like.device:
         heads = nn.ModuleList(Head(exit, classes) for exit in record.places).to(like.dtype)
     heads.train(model.training)
-    model.__class__ = _with_exits(type(model))  # type: ignore[arg-type]
+    model.__class__ = _with_exits(kind, type(model))  # type: ignore[arg-type]
     net: Any = model
     net.exits, net.record, net.boundaries = heads, record, boundaries
     set_taps(net, [exit.place for exit in record.places])
     if record.truncated:
-        truncate_(net, record.places[0])
+        truncate_(net, record.places[0], HEADS)
     return model
 
 
@@ -324,54 +356,14 @@ def store(net: nn.Module, record: Exits, renamed: tuple[str, str] | None = None)
             kept = {name: value for name, value in terms.items() if not name.startswith(f"{HEADS}.") or name.startswith(old)}
             return {new + name.removeprefix(old) if name.startswith(old) else name: value for name, value in kept.items()}
 
-        parts = {key: moved(getattr(variant, key)) for key in ("params", "attributes", "scales")}
+        parts = {key: moved(getattr(variant, key)) for key in ("params", "attributes", "scales", "packed")}
         variant = present(net, variant.model_copy(update=parts))
     net._model_args = {**args, "variant": variant.to_dict()}  # type: ignore[assignment]
 
 
-def truncate_(net: nn.Module, exit: Exit) -> None:
-    """Drop, in place, the modules that a forward pass up to an exit does not need: nothing of theirs runs or is read."""
-    clone = copy_of(net, "meta")
-    paths = {id(tensor): name.rpartition(".")[0] for name, tensor in named_tensors(clone)}
-    ran: set[str] = set()
-
-    def enter(path: str) -> Callable[..., None]:
-        return lambda module, args: ran.add(path)
-
-    for path, module in clone.named_modules():
-        module.register_forward_pre_hook(enter(path))
-    with Kernels(), _Reads() as reads, torch.no_grad():
-        run(super(ExitsModel, clone).forward, Until((exit,), None, 0), default_input(net))  # type: ignore[misc]
-    ran |= {path for key, path in paths.items() if key in reads.seen}
-    needed = {prefix for path in ran for prefix in _prefixes(path)}
-    for path, module in list(net.named_modules()):
-        parent, _, name = path.rpartition(".")
-        unused = path not in needed and path.partition(".")[0] != HEADS and (not parent or parent in needed)
-        if path and unused and any(True for _ in (*module.parameters(), *module.buffers())):
-            net.get_submodule(parent).register_module(name, nn.Identity())
-
-
-class _Reads(TorchDispatchMode):
-    """Which tensors operations read."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.update(id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
-        return func(*args, **(kwargs or {}))
-
-
-def _prefixes(path: str) -> list[str]:
-    """A module and all that hold it."""
-    parts = path.split(".")
-    return [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
-
-
 @cache
-def _with_exits(cls: type) -> type:
-    return type(f"{cls.__name__}WithExits", (ExitsModel, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+def _with_exits(kind: type[ExitsModel], cls: type) -> type:
+    return type(f"{cls.__name__}WithExits", (kind, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
 @contextmanager

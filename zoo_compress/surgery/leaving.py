@@ -161,14 +161,19 @@ class Until(Visitor):
 
 
 class Spent(Visitor):
-    """Notes what was spent until each exit."""
+    """Counts the MACs of one sample until it has left at each exit, heads on the way included."""
 
-    def __init__(self, places: Sequence[Exit], counter: FlopCounterMode) -> None:
-        self.counter = counter
+    def __init__(self, heads: nn.ModuleList, places: Sequence[Exit], counter: FlopCounterMode) -> None:
+        self._heads, self._places, self._counter = heads, places, counter
         self.found: list[int] = []
+        self.heads = 0
+        """MACs of all heads."""
 
     def at(self, index: int, output: Any) -> None:
-        self.found.append(self.counter.get_total_flops() // 2)
+        before = self._counter.get_total_flops() // 2
+        self._heads[index](_leaf(output, self._places[index].leaf))
+        self.found.append(self._counter.get_total_flops() // 2)
+        self.heads += self.found[-1] - before
 
 
 class Leaving(Visitor):

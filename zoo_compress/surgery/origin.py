@@ -10,6 +10,8 @@ from typing import Any
 from timm.models import is_model
 from torch import nn
 
+from ..errors import CompressError
+from ..structure.packed import Packing
 from ..structure.variant import OPTIONS, Variant
 
 # timm reads these off the live model whenever it saves one; drop rates are a matter of training, and it leaves them out.
@@ -64,6 +66,61 @@ def stamp(model: nn.Module, variant: Variant) -> None:
     args = getattr(model, "_model_args", {})
     kept = {name: value for name, value in args.items() if name not in variant.base_args and name not in OPTIONS}
     model._model_args = {**kept, "variant": variant.to_dict()}  # type: ignore[assignment]
+
+
+def stamp_packed(model: nn.Module, method: str, packed: Mapping[str, Packing]) -> None:
+    """Make a model say which zeros and shared values its weights have, beside what it says of itself already.
+
+    Nothing happens to a model that is not timm's: it carries them all the same.
+
+    Args:
+        model: The model, whose weights are so.
+        method: What made them, such as `sparse`.
+        packed: Parameter → what holds for it now. What it had before stays, where this says nothing of it.
+
+    Raises:
+        CompressError: If the model is a bank of several widths, whose weights are trained as a whole.
+    """
+    source = origin(model)
+    if source is None:
+        return
+    before = source.previous
+    if before is not None and before.bank is not None:
+        raise CompressError(f"{method}: expected a network of one width, found a slimmable one; use what its export() gives")
+    if before is None:
+        before = Variant(method=method, base=source.base, base_args=source.args, sizes={}, params={})
+    merged = dict(before.packed)
+    for name, packing in packed.items():
+        earlier = merged.get(name, packing)
+        merged[name] = Packing(mask=packing.mask or earlier.mask, bits=packing.bits or earlier.bits)
+    stamp(model, before.model_copy(update={"method": method, "packed": merged}))
+
+
+def forget_packed(model: nn.Module, kept: Mapping[str, Packing] | None = None) -> None:
+    """Make a model, whose weights were changed, say nothing of zeros and shared values any more but what is given."""
+    source = origin(model)
+    if source is not None and source.previous is not None and source.previous.packed:
+        stamp(model, source.previous.model_copy(update={"packed": dict(kept or {})}))
+
+
+def refuse_packed(model: nn.Module, what: str) -> None:
+    """Refuse a model whose zeros or shared values would be lost.
+
+    Raises:
+        CompressError: If it has any.
+    """
+    packed = packed_of(model)
+    if packed:
+        raise CompressError(
+            f"{what}: expected a model without removed or shared weights, which would be lost, found some in {next(iter(packed))!r}; "
+            f"sparsify or cluster it afterwards"
+        )
+
+
+def packed_of(model: nn.Module) -> dict[str, Packing]:
+    """What a model says of zeros and shared values in its weights."""
+    source = origin(model)
+    return dict(source.previous.packed) if source is not None and source.previous is not None else {}
 
 
 def _describes_base(name: str, value: object) -> bool:

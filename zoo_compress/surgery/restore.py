@@ -83,6 +83,10 @@ def check(model: nn.Module, variant: Variant) -> None:
         size = variant.size(term)
         if size < 1 or not math.isfinite(current) or size**-0.5 < current * (1 - 1e-6):
             raise VariantError(f"variant.scales[{path!r}]: expected a width of at most the base's (scale {current:g}), found {size}")
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name in variant.packed:
+        if name not in parameters or not parameters[name].is_floating_point():
+            raise VariantError(f"variant.packed[{name!r}]: {variant.base} has no such parameter")
 
 
 def recorded_layout(model: nn.Module, variant: Variant) -> Layout:
@@ -126,6 +130,7 @@ def present(model: nn.Module, variant: Variant) -> Variant:
             "params": {name: dims for name, dims in variant.params.items() if has(name, get_tensor)},
             "attributes": {path: term for path, term in variant.attributes.items() if has(path, get_attribute)},
             "scales": {path: term for path, term in variant.scales.items() if has(path, get_attribute)},
+            "packed": {name: packing for name, packing in variant.packed.items() if has(name, get_tensor)},
         }
     )
 

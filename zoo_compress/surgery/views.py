@@ -1,6 +1,7 @@
 """A bank at a choice of widths: views of its parameters, and its attributes, put in place while the model runs.
 
-Between two passes nothing but the bank exists. Within one, a view whose elements do not lie side by side in memory becomes a copy.
+Between two passes nothing but the bank exists. Within one, a view whose elements do not lie side by side in memory becomes a copy, which
+stays for the next pass where that is asked for.
 """
 
 from __future__ import annotations
@@ -72,7 +73,13 @@ class View:
         layout: Its layout.
         sizes: Axis → size, for every axis.
         own: Parameters and buffers, by name, that this choice has of its own.
+
+    Attributes:
+        keep: Whether copies stay between passes that record no gradients, until `forget` or a change of the bank in place. Changes by way
+            of `tensor.data`, of which torch keeps no count, go unseen.
     """
+
+    keep = False
 
     def __init__(self, model: nn.Module, layout: Layout, sizes: Mapping[str, int], own: Mapping[str, Tensor]) -> None:
         self._tensors: list[tuple[dict[str, Any], str, Tensor | Narrowing]] = []
@@ -86,9 +93,13 @@ class View:
         self._values = places(model, {**attributes, **scales})
         self._recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
         self._before: list[tuple[Any, Any, Any]] = []
+        self._kept: dict[int, tuple[tuple[Any, ...], Tensor]] = {}
 
     def __enter__(self) -> View:
-        new = [(tensors, key, own if isinstance(own, Tensor) else _viewed(tensors[key], own)) for tensors, key, own in self._tensors]
+        new = [
+            (tensors, key, own if isinstance(own, Tensor) else self._viewed(place, tensors[key], own))
+            for place, (tensors, key, own) in enumerate(self._tensors)
+        ]
         new += self._values
         self._before = [(container, key, container[key]) for container, key, _ in new]
         self._put(new)
@@ -97,6 +108,19 @@ class View:
     def __exit__(self, *error: object) -> None:
         self._put(self._before)
         self._before = []
+
+    def forget(self) -> None:
+        """Let go of the copies of an earlier pass."""
+        self._kept.clear()
+
+    def _viewed(self, place: int, tensor: Tensor, narrow: Narrowing) -> Tensor:
+        if not self.keep or torch.is_grad_enabled() or tensor.is_inference():
+            return _viewed(tensor, narrow)
+        state = (tensor.data_ptr(), tensor._version, tensor.dtype, tensor.requires_grad)
+        known = self._kept.get(place)
+        if known is None or known[0] != state:
+            known = self._kept[place] = (state, _viewed(tensor, narrow))
+        return known[1]
 
     def _put(self, values: list[tuple[Any, Any, Any]]) -> None:
         for container, key, value in values:

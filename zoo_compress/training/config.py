@@ -1,8 +1,11 @@
 """What a recipe says about data and training: frozen, validated data without behaviour."""
 
-from typing import Annotated, Literal, TypeAlias
+from collections.abc import Collection
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
+
+from ..errors import CompressError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -10,9 +13,48 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Config(BaseModel):
-    """Base of every config: immutable, strict about types, closed to unknown keys, finite numbers only."""
+    """Base of every config: immutable, strict about types, closed to unknown keys, finite numbers only.
+
+    Raises:
+        CompressError: In one line, what is wrong with a config that is made in Python.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise CompressError(f"{type(self).__name__}: {one_line(error)}") from error
+
+    # Pydantic's mark of an initialiser that it need not call for configs inside others: it then knows where in the whole an error is.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+
+def one_line(error: ValidationError, leave_out: Collection[str] = ()) -> str:
+    """The first thing wrong with a config: key, what was expected, what was found.
+
+    Args:
+        error: What pydantic found.
+        leave_out: Parts of keys that are not written in files.
+    """
+    details = error.errors(include_url=False)
+    first = details[0]
+    key = ".".join(str(part) for part in first["loc"] if part not in leave_out) or "the recipe"
+    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        return f"{key}: expected no such key{more}"
+    if first["type"] == "missing":
+        return f"{key}: expected a value, found none{more}"
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    message = message if "expected" in message else f"expected {message}"
+    found = "" if "found" in message else f", found {_short(first['input'])}"
+    return f"{key}: {message}{found}{more}"
+
+
+def _short(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 class AugmentConfig(Config):
@@ -39,6 +81,7 @@ class DataConfig(Config):
         root: folder of the data set; unused by `digits` and `imagefolder:PATH`.
         train_split: name of the training split, for sources that have named splits.
         eval_split: name of the split that metrics are computed on.
+        held_out: images of the training split that are not trained on; thresholds of early exits are found on them.
         download: let timm fetch the data where it can.
         batch_size: images per optimizer step, over all processes together.
         eval_batch_size: images per forward pass in evaluation, per process.
@@ -50,6 +93,7 @@ class DataConfig(Config):
     root: str | None = None
     train_split: str = "train"
     eval_split: str = "validation"
+    held_out: Annotated[int, Field(ge=0)] = 0
     download: bool = False
     batch_size: Count = 64
     eval_batch_size: Count = 256
@@ -102,6 +146,8 @@ class TrainConfig(Config):
         sched: learning-rate schedule, stepped every update.
         decay_epochs: interval (`step`) or length (`wsd`) of the decay; None takes timm's default.
         smoothing: label smoothing.
+        mixup: alpha of mixup (Zhang et al. 2018): pairs of images and their labels are mixed; 0 does not.
+        cutmix: alpha of CutMix (Yun et al. 2019): a rectangle of another image is pasted; 0 does not. With both, each batch draws one.
         clip_grad: gradient norm clipped to this; None leaves gradients alone.
         channels_last: run the steps with channels last in memory, which is faster for most convolutions; a matter of rounding otherwise.
         ema_decay: decay of the weight average (`ModelEmaV3`, with warm-up) that becomes the result; None keeps the last weights.
@@ -119,6 +165,8 @@ class TrainConfig(Config):
     warmup_lr: Annotated[float, Field(ge=0)] = 1e-6
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
     clip_grad: Positive | None = None
     channels_last: bool = False
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None

@@ -64,6 +64,14 @@ def calibration_batches(source: Source, config: DataConfig, model: nn.Module, co
     return Batches(_loader(source.train, config.batch_size, 0, model, Processes(), is_training=True, no_aug=True), count)
 
 
+def held_out_batches(source: Source, config: DataConfig, model: nn.Module) -> Batches | None:
+    """All training images that are held out, in order and without augmentation; None if none are."""
+    if source.held_out is None:
+        return None
+    loader = _loader(source.held_out, config.eval_batch_size, config.workers, model, Processes(), is_training=False)
+    return Batches(loader, len(loader))
+
+
 def _loader(
     dataset: Any, batch_size: int, workers: int, model: nn.Module, processes: Processes, *, is_training: bool, **transforms: Any
 ) -> DataLoader:

@@ -65,7 +65,8 @@ def create_task(model: nn.Module, config: TrainConfig, teachers: Sequence[nn.Mod
     Raises:
         CompressError: If distillation is asked for without a teacher, or of models that don't fit it.
     """
-    shared: dict[str, Any] = {"criterion_kwargs": {"smoothing": config.smoothing}, "device": device, "verbose": False}
+    criterion = {"smoothing": config.smoothing, "soft_targets": bool(config.mixup or config.cutmix)}
+    shared: dict[str, Any] = {"criterion_kwargs": criterion, "device": device, "verbose": False}
     distill = config.distill if isinstance(config, FinetuneConfig) else None
     if distill is None:
         return ClassificationTask(model, **shared)

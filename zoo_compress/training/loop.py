@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -28,6 +29,8 @@ from .checkpoint import load_state, save_state
 from .config import TrainConfig
 from .distill import create_task
 from .distributed import Processes
+from .keep import Keeper
+from .snapshot import Marks, Snapshot, Take, put_back
 from .task import MethodConfig, MethodTask
 
 
@@ -69,13 +72,13 @@ class Epoch:
     seconds: float
 
 
-def reseed(seed: int, phase: int, epoch: int, rank: int = 0) -> int:
-    """Seed torch, numpy and random for one epoch of one process.
+def reseed(seed: int, phase: int, epoch: int, rank: int = 0, step: int = 0) -> int:
+    """Seed torch, numpy and random for one epoch of one process, or for what is left of it after a step.
 
     Returns:
         A seed for what all processes must agree on, such as the order of the images.
     """
-    shared = int(np.random.SeedSequence([seed, phase, epoch]).generate_state(1)[0]) & 0x3FFFFFFF
+    shared = int(np.random.SeedSequence([seed, phase, epoch, step] if step else [seed, phase, epoch]).generate_state(1)[0]) & 0x3FFFFFFF
     random_seed(shared, rank)
     return shared
 
@@ -115,9 +118,13 @@ def fit(
     calibration: Iterable[object] = (),
     processes: Processes | None = None,
     state: Path | None = None,
+    start: Snapshot | None = None,
+    snapshot: Take | None = None,
     log: Callable[[str], None] | None = None,
 ) -> list[Epoch]:
     """Train a model in place. The last epoch's weights stay (their average with `ema_decay`): nothing is chosen by its test score.
+
+    Zeros and shared values of a model whose record says that it has them are kept (see `keep`), unless a method trains it in its own way.
 
     Args:
         model: the model, on any device; moved to `processes.device`.
@@ -130,15 +137,19 @@ def fit(
         calibration: batches of training images without augmentation, for the method.
         processes: the processes that train together; None for one.
         state: file that holds the state between epochs; a state of the same phase of the same run is resumed. None saves nothing.
+        start: an earlier training of as many steps at one of them, to go on from with the weights that `model` has. Optimizer, schedule
+            and images are those of the earlier one; its numbers repeat to the bit, if its weights do and it took this `snapshot`.
+        snapshot: the step before which to take one, which costs the training a reseeding there.
         log: receives one line an epoch; None is silent, progress bars included.
 
     Returns:
         What each epoch did, those before a resume included.
 
     Raises:
-        CompressError: the loss is not finite, or distillation is asked for without a teacher.
+        CompressError: the loss is not finite, distillation is asked for without a teacher, or batches to be mixed have no pairs.
     """
     phase, processes = phase or Phase(), processes or Processes()
+    mix = _create_mix(model, train, config)
     model.to(processes.device)
     reseed(phase.seed, phase.index, 0)  # the task may have parameters of its own
     task = create_task(model, config, (teacher,) if isinstance(teacher, nn.Module) else teacher, processes.device)
@@ -155,27 +166,35 @@ def fit(
     scheduler = _create_scheduler(optimizer, config, len(train))
     if config.ema_decay is not None:
         task.setup_ema(decay=config.ema_decay, use_warmup=True)
+    # Before anything is loaded: what is kept does not depend on where a run was stopped or starts from.
+    keeper = Keeper(model, None if method is None else {}).attach(optimizer)
+    marks = Marks(start, snapshot)
+    marks.check(config.epochs * len(train))
+    if start is not None:
+        put_back(start, task, optimizer)
     history = _resume(state, phase, task, optimizer)
     if processes.distributed:
         task.prepare_distributed(device_ids=None if processes.device.type == "cpu" else [processes.device])
 
-    for epoch in range(len(history), config.epochs):
-        start = time.perf_counter()
+    for epoch in range(marks.first // len(train) + len(history), config.epochs):
+        begun = time.perf_counter()
         shared_seed = reseed(phase.seed, phase.index, epoch, processes.rank)
         if hasattr(train.sampler, "set_epoch"):
             train.sampler.set_epoch(shared_seed)
         label = f"{phase.name} {epoch + 1}/{config.epochs}"
         if isinstance(task, MethodTask):
-            task.start_epoch(epoch, config.epochs, optimizer)
-        train_loss = _train_epoch(task, train, optimizer, scheduler, config, epoch * len(train), processes, label if log else None)
+            task.start_epoch(epoch, config.epochs, optimizer, len(train))
+        train_loss = _train_epoch(task, train, optimizer, scheduler, config, mix, marks, epoch, phase, processes, label if log else None)
         if not math.isfinite(train_loss):
             raise CompressError(f"{label}: expected a finite training loss, found {train_loss}; lower lr ({config.lr:g}) or set clip_grad")
         if isinstance(task, MethodTask):
             reseed(phase.seed, phase.index, epoch)  # all processes look at the same images
             task.prepare_evaluation(_result(task), calibration)
+        if task.has_ema():
+            keeper.restore_(_result(task))
         metrics = evaluate(_result(task), test, processes, f"{label} test" if log else None)
         lr = optimizer.param_groups[0]["lr"]
-        history.append(Epoch(train_loss=train_loss, lr=lr, seconds=time.perf_counter() - start, **metrics))
+        history.append(Epoch(train_loss=train_loss, lr=lr, seconds=time.perf_counter() - begun, **metrics))
         if log and processes.primary:
             log(f"{label}: train loss {train_loss:.4f}, test loss {metrics['loss']:.4f}, top-1 {metrics['top1']:.2f}%")
         if state is not None and processes.primary:
@@ -184,7 +203,18 @@ def fit(
         model.load_state_dict(_result(task).state_dict())
     if isinstance(task, TokenDistillationTask):
         model.set_distilled_training(False)  # type: ignore[operator]
+    keeper.remove()
+    if isinstance(task, MethodTask):
+        task.end()
     return history
+
+
+def _create_mix(model: nn.Module, train: DataLoader, config: TrainConfig) -> Mixup | None:
+    if not config.mixup and not config.cutmix:
+        return None
+    if train.batch_size is None or train.batch_size % 2:
+        raise CompressError(f"mixup, cutmix: expected an even number of images in a process's batch, found {train.batch_size}")
+    return Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=int(model.num_classes))  # type: ignore[arg-type]
 
 
 def _create_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, updates_per_epoch: int) -> Scheduler | None:
@@ -208,36 +238,52 @@ def _train_epoch(
     optimizer: torch.optim.Optimizer,
     scheduler: Scheduler | None,
     config: TrainConfig,
-    updates: int,
+    mix: Mixup | None,
+    marks: Marks,
+    epoch: int,
+    phase: Phase,
     processes: Processes,
     progress: str | None,
 ) -> float:
-    """One pass over the loader, `updates` optimizer steps after the phase began; returns the mean loss over all processes."""
+    """One pass over the loader, or what is left of it from the first step on; returns the mean loss over all processes."""
     task.train()
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     task.to(memory_format=memory_format)
     losses = torch.zeros((), dtype=torch.float64, device=processes.device)
     bar = _bar(loader, progress, processes)
-    for batch, (images, target) in enumerate(bar):
+    batches, done = iter(bar), 0
+    for step in range(epoch * len(loader), (epoch + 1) * len(loader)):
+        if marks.reseeds(step):
+            reseed(phase.seed, phase.index, epoch, processes.rank, step + 1)
+        images, target = next(batches)
+        if step < marks.first:
+            continue
+        marks.reach(step, task, optimizer)
+        done += 1
         if scheduler is not None:
-            scheduler.step_update(updates + batch)
-        loss = task(images.to(processes.device, memory_format=memory_format), target.to(processes.device))["loss"]
+            scheduler.step_update(step)
+        images, target = images.to(processes.device, memory_format=memory_format), target.to(processes.device)
+        if mix is not None:
+            images, target = mix(images, target)
+        loss = task(images, target)["loss"]
         optimizer.zero_grad()
         loss.backward()
         if config.clip_grad is not None:
             dispatch_clip_grad(task.get_clip_parameters(), config.clip_grad)
         optimizer.step()
-        task.update_ema(step=updates + batch + 1)
+        task.update_ema(step=step + 1)
         losses += loss.detach()
-        if isinstance(bar, tqdm) and batch % 20 == 0:
+        if isinstance(bar, tqdm) and step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    if isinstance(bar, tqdm):
+        bar.close()
     task.to(memory_format=torch.contiguous_format)  # evaluated as it will be loaded
     if processes.distributed:
         dist.all_reduce(losses)
         for module in (task.get_trainable_module(), task.get_trainable_module(ema=True)):
             if module is not None:
                 distribute_bn(module, processes.world_size, reduce=True)
-    return losses.item() / (len(loader) * processes.world_size)
+    return losses.item() / (done * processes.world_size)
 
 
 def _bar(loader: DataLoader, label: str | None, processes: Processes) -> Any:

@@ -5,7 +5,7 @@ import os
 import struct
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,36 @@ class Source:
         train: training images; items are `(image, class index)` once a loader has set `transform`.
         test: images that metrics are computed on.
         num_classes: number of classes, or None when the source does not say.
+        held_out: training images that are not trained on; None if there are none. `train` is without them.
         augment: default augmentation, as arguments of `timm.data.create_transform`.
     """
 
     train: Any
     test: Any
     num_classes: int | None = None
+    held_out: Any = None
     augment: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Part(Dataset):
+    """Some images of a data set, with a transform of their own.
+
+    Args:
+        dataset: gives `(image, class index)` as long as it has no transform.
+        indices: which of its images (images,).
+    """
+
+    def __init__(self, dataset: Any, indices: np.ndarray):
+        self.dataset = dataset
+        self.indices = indices
+        self.transform: Callable[[Image.Image], Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image, label = self.dataset[int(self.indices[index])]
+        return (self.transform(image) if self.transform else image), label
 
 
 class ArrayDataset(Dataset):
@@ -76,12 +99,30 @@ def open_source(config: DataConfig, in_chans: int = 3) -> Source:
     """
     if in_chans not in (1, 3):
         raise CompressError(f"data source {config.source!r}: expected a model with 1 or 3 input channels, found {in_chans}")
+    return _hold_out(_open(config, in_chans), config)
+
+
+def _open(config: DataConfig, in_chans: int) -> Source:
     if config.source in SOURCES:
         return SOURCES[config.source](config, in_chans)
     kind, colon, path = config.source.partition(":")
     if colon and kind == "imagefolder":
         return _imagefolder(Path(path).expanduser(), in_chans)
     return _timm_dataset(config, in_chans)
+
+
+def _hold_out(source: Source, config: DataConfig) -> Source:
+    """Take images out of training: evenly spaced ones, so that sorted classes all have their part, and nothing is drawn."""
+    if not config.held_out:
+        return source
+    if not hasattr(source.train, "__len__") or not hasattr(source.train, "__getitem__"):
+        raise CompressError(f"data.held_out: expected a data source with numbered images, found {config.source!r}, which is a stream")
+    total = len(source.train)
+    if config.held_out >= total:
+        raise CompressError(f"data.held_out: expected fewer than the {total} training images, found {config.held_out}")
+    held = np.arange(config.held_out) * total // config.held_out
+    rest = np.setdiff1d(np.arange(total), held)
+    return replace(source, train=Part(source.train, rest), held_out=Part(source.train, held))
 
 
 def default_pretrained_cfg(source: str, in_chans: int) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import CompressError
@@ -22,12 +23,19 @@ class MethodConfig(Config):
     """What a recipe says about a method of training, and what the method does before, in and after it.
 
     Attributes:
+        inner: others may train the same network around it.
         kind: name of the method.
         calibration_batches: training batches to find statistics of normalisation with.
     """
 
+    inner: ClassVar[bool] = False
     kind: str
     calibration_batches: Count = 16
+
+    @property
+    def needs_held_out(self) -> bool:
+        """Whether `finish` needs images that were not trained on."""
+        return False
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The network to train."""
@@ -42,14 +50,61 @@ class MethodConfig(Config):
         """
         raise NotImplementedError
 
-    def finish(self, net: Any, images: Iterable[object]) -> nn.Module:
+    def finish(self, net: Any, images: Iterable[object], held_out: Iterable[object] = ()) -> nn.Module:
         """The model that the training ends with.
 
         Args:
             net: The trained network.
             images: Batches of training images without augmentation.
+            held_out: Batches of images of the training set that were not trained on, if any were held out.
         """
         return net
+
+
+class Nested(MethodConfig):
+    """Several methods that train one network together, the first within all others."""
+
+    kind: Literal["nested"] = "nested"
+    methods: tuple[MethodConfig, ...]
+
+    @property
+    def needs_held_out(self) -> bool:
+        return any(method.needs_held_out for method in self.methods)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        for method in self.methods:
+            model = method.wrap(model)
+        return model
+
+    def task(self, task: TrainingTask, seed: int) -> MethodTask:
+        for method in self.methods:
+            task = method.task(task, seed)
+        assert isinstance(task, MethodTask)
+        return task
+
+    def finish(self, net: Any, images: Iterable[object], held_out: Iterable[object] = ()) -> nn.Module:
+        for method in reversed(self.methods):
+            net = method.finish(net, images, held_out)
+        return net
+
+
+def nested(methods: Sequence[MethodConfig]) -> MethodConfig:
+    """Several methods as one.
+
+    Args:
+        methods: From the inside out.
+
+    Raises:
+        CompressError: If one of them cannot have others around it.
+    """
+    if not methods:
+        raise CompressError("method: expected at least one, found none")
+    for method in methods[:-1]:
+        if not method.inner:
+            raise CompressError(f"method: expected {method.kind} last: nothing trains around it")
+    if len(methods) == 1:
+        return methods[0]
+    return Nested(methods=tuple(methods), calibration_batches=max(method.calibration_batches for method in methods))
 
 
 class ChangeConfig(Config):
@@ -93,6 +148,9 @@ class MethodTask(TrainingTask):
         CompressError: If it is something else.
     """
 
+    frozen = False
+    """The network is in eval mode while this trains: only parts without statistics move."""
+
     def __init__(self, task: TrainingTask, kind: type[nn.Module]) -> None:
         super().__init__(device=task.device, dtype=task.dtype, verbose=task.verbose)
         found = unwrap_model(task.get_trainable_module())
@@ -113,6 +171,12 @@ class MethodTask(TrainingTask):
         assert module is not None
         return module
 
+    def imitate(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The loss of learning soft labels (batch, classes) instead of the task's."""
+        if isinstance(self.task, MethodTask):
+            return self.task.imitate(input, target)
+        return F.cross_entropy(self.trained(input), target)
+
     def take_draw(self) -> int:
         """The number of this draw: what a random choice follows from, with a seed that all processes share."""
         self.draws += 1
@@ -127,8 +191,15 @@ class MethodTask(TrainingTask):
         if state:
             self.draws = int(state["draws"])
 
-    def start_epoch(self, epoch: int, epochs: int, optimizer: torch.optim.Optimizer) -> None:
-        """Do what has to be done before the steps of an epoch, `epoch` of `epochs`, the first being 0."""
+    def start_epoch(self, epoch: int, epochs: int, optimizer: torch.optim.Optimizer, steps: int = 1) -> None:
+        """Do what has to be done before the steps of an epoch, `epoch` of `epochs`, the first being 0, each of so many steps."""
+        if isinstance(self.task, MethodTask):
+            self.task.start_epoch(epoch, epochs, optimizer, steps)
+
+    def end(self) -> None:
+        """Let go of network and optimizer after the last step."""
+        if isinstance(self.task, MethodTask):
+            self.task.end()
 
     def prepare_evaluation(self, net: Any, images: Iterable[object]) -> None:
         """Make a network, the trained one or its average, ready for evaluation.
@@ -137,6 +208,8 @@ class MethodTask(TrainingTask):
             net: The network.
             images: Batches of training images without augmentation.
         """
+        if isinstance(self.task, MethodTask):
+            self.task.prepare_evaluation(net, images)
 
     def prepare_distributed(self: T, device_ids: list | None = None, **ddp_kwargs: Any) -> T:
         # Buffers of all widths would be broadcast, and so changed, between the forward passes of one step.

@@ -7,7 +7,7 @@ import functools
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
@@ -22,6 +22,7 @@ Percent = Annotated[float, Field(ge=0, le=100)]
 VariantName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]+__[a-z0-9_]+\.[A-Za-z0-9_]+$", max_length=192)]
 RepoId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$", max_length=256)]
 Hash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+RecipeName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*$", max_length=192)]
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][\w.-]*$", max_length=192)]
 
 
@@ -56,7 +57,7 @@ class Entry(BaseModel):
     base_top1: Percent
     base_macs: Count
     base_params: Count
-    recipe: FileName | None = None
+    recipe: RecipeName | None = None
     checkpoint: FileName | None = None
     hub_id: RepoId | None = None
 
@@ -90,6 +91,20 @@ class Entry(BaseModel):
     def folder(self) -> Path | None:
         """Where its shipped checkpoint is."""
         return CHECKPOINTS / self.checkpoint if self.checkpoint else None
+
+
+def entry(**values: Any) -> Entry:
+    """An entry of plain values.
+
+    Raises:
+        CompressError: Naming the first that an index cannot hold.
+    """
+    try:
+        return Entry(**values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "entry"
+        raise CompressError(f"{where}: {first['msg']}, found {first['input']!r}") from error
 
 
 class Index(BaseModel):

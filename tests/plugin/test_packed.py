@@ -1,0 +1,200 @@
+"""Packed checkpoints: the file shrinks as arithmetic says, plain timm reloads it to the bit, and what is damaged is refused."""
+
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+import zoo_compress as zc
+from zoo_compress.errors import CompressError, VariantError
+from zoo_compress.plugin.weights import DIGEST
+from zoo_compress.surgery.masks import density, masks_of, remaining
+from zoo_compress.surgery.packing import as_integers
+
+CREATED = {
+    "sparse": ("test_resnet__sparse", {"density": 0.1}),
+}
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(
+        torch.equal(as_integers(value), as_integers(b[name])) if value.is_floating_point() else torch.equal(value, b[name])
+        for name, value in a.items()
+    )
+
+
+@pytest.fixture(scope="module")
+def sparse():
+    torch.manual_seed(0)
+    return timm.create_model("test_resnet__sparse", density=0.1, num_classes=10).eval()
+
+
+@pytest.fixture
+def folder(sparse, tmp_path):
+    zc.save(sparse, tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("name", "arguments"), CREATED.values(), ids=CREATED)
+def test_reloads_to_the_bit_by_plain_timm(name, arguments, tmp_path):
+    model = timm.create_model(name, num_classes=10, **arguments)
+    zc.save(model, tmp_path / "a")
+    again = timm.create_model(f"local-dir:{tmp_path}/a", pretrained=True)
+    assert same(again, model)
+    assert type(again) is type(timm.create_model("test_resnet"))
+    zc.save(again, tmp_path / "b")
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_from_the_hub(sparse, hub):
+    zc.push_to_hub(sparse, "me/sparse")
+    assert same(timm.create_model("hf-hub:me/sparse", pretrained=True), sparse)
+
+
+def test_a_sparse_file_holds_bits_and_values(sparse, folder):
+    masks, state = masks_of(sparse), sparse.state_dict()
+    rest = sum(value.nbytes for name, value in state.items() if name not in masks)
+    expected = rest + 4 * remaining(masks) + sum(-(-mask.numel() // 8) for mask in masks.values())
+    size = (folder / "model.safetensors").stat().st_size
+    header = 150 * (len(state) + 2 * len(masks))
+    assert expected < size < expected + header
+    assert size < 0.25 * sum(value.nbytes for value in state.values())
+
+
+def test_by_timms_own_saving(sparse, tmp_path):
+    timm.models.save_for_hf(sparse, tmp_path, safe_serialization=True)
+    assert same(timm.create_model(f"local-dir:{tmp_path}", pretrained=True), sparse)
+
+
+def test_other_precision(sparse, tmp_path):
+    import copy
+
+    half = copy.deepcopy(sparse).to(torch.bfloat16)
+    zc.save(half, tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert stored["fc.weight.values"].dtype == torch.bfloat16
+    assert torch.equal(zc.load(tmp_path).fc.weight, half.fc.weight.float())
+
+
+def test_of_a_pruned_network_and_pruned_afterwards(tmp_path):
+    small = zc.prune(timm.create_model("test_resnet", num_classes=10), macs=0.5)
+    sparse = zc.sparsify(small, density=0.2)
+    zc.save(sparse, tmp_path / "a")
+    assert sparse.pretrained_cfg["architecture"] == "test_resnet__sparse"
+    assert same(zc.load(tmp_path / "a"), sparse)
+    smaller = zc.prune(sparse, macs=0.7)
+    zc.save(smaller, tmp_path / "b")
+    assert smaller.pretrained_cfg["architecture"] == "test_resnet__pruned"
+    assert (tmp_path / "b" / "model.safetensors").stat().st_size < (tmp_path / "a" / "model.safetensors").stat().st_size
+    again = zc.load(tmp_path / "b")
+    assert same(again, smaller)
+    assert density(masks_of(again)) < 0.5
+    filled = zc.prune(sparse, macs=0.7, reconstruct=[torch.randn(8, 3, 64, 64)])
+    assert "packed" not in filled._model_args["variant"], "least squares gave values to all of them"
+
+
+def test_with_exits(tmp_path):
+    net = zc.sparsify(zc.add_exits(timm.create_model("test_resnet", num_classes=10), 2), density=0.2)
+    zc.save(net, tmp_path)
+    assert same(zc.load(tmp_path), net)
+    assert any(name.startswith("exits.") for name in masks_of(net))
+    short = net.export(exit=0)
+    zc.save(short, tmp_path / "short")
+    assert same(zc.load(tmp_path / "short"), short)
+
+
+class TestAsTimmUsersExpect:
+    def test_other_classes(self, folder, sparse):
+        again = zc.load(folder, num_classes=7)
+        masks = masks_of(again)
+        assert masks.pop("fc.weight").all(), "a new head is whole"
+        assert all(torch.equal(mask, masks_of(sparse)[name]) for name, mask in masks.items())
+
+    def test_no_classes_and_features(self, folder, sparse):
+        image = torch.randn(1, 3, 64, 64)
+        assert torch.equal(zc.load(folder, num_classes=0).eval().forward_features(image), sparse.forward_features(image))
+        features = zc.load(folder, features_only=True).eval()(image)
+        assert torch.equal(features[-1], sparse.forward_features(image))
+
+    def test_other_channels(self, folder, sparse):
+        again = zc.load(folder, in_chans=1)
+        assert torch.equal(again.layer1[0].conv1.weight, sparse.layer1[0].conv1.weight)
+
+    def test_random_weights_are_whole(self, folder):
+        again = zc.load(folder, pretrained=False)
+        assert all(mask.all() for mask in masks_of(again).values())
+
+    def test_features_on_the_spot(self):
+        net = timm.create_model("test_resnet__sparse", density=0.1, features_only=True)
+        assert len(net(torch.randn(1, 3, 64, 64))) > 1
+
+    def test_pretrained_needs_weights(self):
+        with pytest.raises(CompressError, match="resnet18__sparse: expected density="):
+            timm.create_model("resnet18__sparse")
+        with pytest.raises(CompressError, match=r"found macs="):
+            timm.create_model("test_resnet__sparse", macs=0.5)
+
+
+def damage(folder, change=None, record=None):
+    """Edit the weights or the record, as somebody does who knows the format."""
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    if change:
+        change(state)
+    save_file(state, path)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop(DIGEST)
+    if record:
+        record(config["model_args"]["variant"])
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda s: s.update({"fc.weight.mask": s["fc.weight.mask"][:-1]}), r"tensor 'fc\.weight'\.mask: expected 120 bytes"),
+        (lambda s: s.update({"fc.weight.values": s["fc.weight.values"][:-1]}), r"tensor 'fc\.weight'\.values: expected the 96 that"),
+        (lambda s: s.pop("fc.weight.mask"), r"tensor 'fc\.weight'\.mask: expected a packed parameter's mask"),
+        (lambda s: [s.pop(f"fc.weight.{part}") for part in ("mask", "shape", "values")], r"tensor 'fc\.weight': expected .*found none"),
+        (lambda s: s.update({"fc.weight.shape": torch.tensor([96, 10])}), r"tensor 'fc\.weight\.?.*': expected the 10 classes"),
+        (lambda s: s.update({"conv1.3.weight.shape": torch.tensor([9, 16, 16])}), r"tensor 'conv1\.3\.weight': expected \(16, 16, 3, 3\)"),
+        (lambda s: s.update({"conv1.3.weight.shape": torch.tensor([2**31 - 1] * 4)}), r"'conv1\.3\.weight'\.mask: expected \d+ bytes"),
+        (lambda s: s.update({"bn1.weight.mask": torch.ones(1, dtype=torch.uint8)}), r"'bn1\.weight\.mask': expected none of that name"),
+        (lambda s: s.update({"fc.weight": torch.zeros(10, 96)}), r"'fc\.weight\.(mask|shape|values)': expected none of that name"),
+    ],
+)
+def test_a_corrupted_packed_file(folder, change, said):
+    damage(folder, change)
+    for create in (lambda: zc.load(folder), lambda: timm.create_model(f"local-dir:{folder}", pretrained=True)):
+        with pytest.raises(VariantError, match=said):
+            create()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"layer9.weight": {"mask": True}}, r"variant\.packed\['layer9\.weight'\]: test_resnet has no such parameter"),
+        ({"bn1.running_mean": {"mask": True}}, r"variant\.packed\['bn1\.running_mean'\]: test_resnet has no such parameter"),
+        ({"fc.weight": {}}, r"variant\.packed\.fc\.weight: expected a mask, bits or both, found neither"),
+        ({"fc.weight": {"bits": 9}}, r"variant\.packed\.fc\.weight\.bits: .*8, found 9"),
+        ({"fc.weight": {"mask": 1}}, r"variant\.packed\.fc\.weight\.mask: .*found 1"),
+        ({"fc.weight": {"mask": True, "run": "x"}}, r"variant\.packed\.fc\.weight\.run: extra"),
+    ],
+)
+def test_records(folder, change, said):
+    damage(folder, record=lambda variant: variant["packed"].update(change))
+    with pytest.raises(VariantError, match=said):
+        zc.load(folder)
+
+
+def test_a_bit_flipped_in_the_file(folder):
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(VariantError, match="sha256"):
+        zc.load(folder)

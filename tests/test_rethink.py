@@ -1,0 +1,129 @@
+"""Recipes side by side, and pruning beside training from scratch."""
+
+import re
+import statistics
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import zoo_compress as zc
+from zoo_compress.cli import cli
+from zoo_compress.compare import compare, format_lines
+from zoo_compress.errors import RecipeError
+from zoo_compress.recipe import load_recipe
+from zoo_compress.record import read_record
+from zoo_compress.rethink import rethink
+from zoo_compress.sharing import card
+
+START = """
+model:
+  name: test_resnet
+  args: {num_classes: 10, in_chans: 1}
+  pretrained_cfg: {input_size: [1, 8, 8]}
+data: {source: digits, batch_size: 256}
+measure: {runs: 2}
+output: OUT
+stages:
+"""
+TRAIN = "  - train: {epochs: 2, warmup_epochs: 1, lr: 3e-3}\n"
+PRUNE = "  - prune: {macs: 0.5, round_to: 4}\n"
+TUNE = "  - finetune: {epochs: 1, lr: 1e-3}\n"
+SAVE = "  - save\n"
+
+
+def silent(line):
+    pass
+
+
+def write(folder, *stages, name="recipe"):
+    path = folder / f"{name}.yaml"
+    path.write_text(START.replace("OUT", str(folder / name)) + "".join(stages))
+    return path
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rethink")
+    path = write(folder, TRAIN, PRUNE, TUNE, SAVE)
+    return folder, path, rethink(path, (0, 1), log=silent)
+
+
+def test_the_baselines_have_the_pruned_structure_and_the_papers_epochs(done):
+    folder, _, table = done
+    assert [line.label for line in table] == ["before pruning", "after pruning", "after fine-tuning", "Scratch-E", "Scratch-B"]
+    dense, _, tuned, scratch_e, scratch_b = table
+    assert tuned.macs == scratch_e.macs == scratch_b.macs
+    assert (scratch_e.params, scratch_b.params) == (tuned.params, tuned.params)
+    for seed in (0, 1):
+        output = folder / f"recipe_seed{seed}"
+        stretched = round(2 * dense.macs / tuned.macs)
+        for name, epochs in (("scratch_e", 2), ("scratch_b", stretched)):
+            record, recipe = read_record(output / name), load_recipe(output / f"{name}.yaml")
+            assert [len(step.epochs) for step in record.steps if step.epochs] == [epochs]
+            assert recipe.stages[1].warmup_epochs == epochs // 2
+            assert record.recipe["seed"] == seed
+            scratch, pruned = (zc.load(at) for at in (output / name / "model", output / "model"))
+            shapes = [{key: value.shape for key, value in model.state_dict().items()} for model in (scratch, pruned)]
+            assert shapes[0] == shapes[1]
+            assert not torch.equal(scratch.fc.weight, pruned.fc.weight)
+    assert stretched == 4
+
+
+def test_numbers_are_those_of_the_records(done):
+    folder, _, table = done
+    records = [read_record(folder / f"recipe_seed{seed}") for seed in (0, 1)]
+    for line in table:
+        rows = [next(row for row in (*record.table, *record.baselines) if row.label == line.label) for record in records]
+        assert line.top1 == tuple(row.top1 for row in rows)
+        assert line.mean == pytest.approx(sum(line.top1) / 2)
+        assert line.spread == pytest.approx(abs(line.top1[0] - line.top1[1]) / 2**0.5)
+    text = format_lines(table)
+    assert all(f"{line.mean:.2f} ± {line.spread:.2f}" in text for line in table)
+    assert text.count("recipe ") == 1
+
+
+def test_nothing_is_trained_twice_and_cards_show_both(done):
+    folder, path, table = done
+    said = []
+    assert rethink(path, (0, 1), log=said.append) == table
+    assert all("finished earlier" in line for line in said)
+    text = (card.write(folder / "recipe_seed0", [folder / "recipe_seed1"]) / "README.md").read_text()
+    assert "Not measured" not in text
+    for line, row in zip(table[-2:], read_record(folder / "recipe_seed0").baselines, strict=True):
+        assert f"{line.label}: top-1 {line.mean:.2f} ± {statistics.stdev(line.top1):.2f}%" in text
+        assert re.search(rf"\| {line.label} \| {row.params:,} \| {row.macs:,}", text)
+
+
+def test_compare(done, tmp_path):
+    _, path, table = done
+    other = write(tmp_path, "  - train: {epochs: 1, lr: 3e-3}\n", name="other")
+    found = compare([path, other], (0, 1), log=silent)
+    assert found[:-1] == table
+    assert (found[-1].recipe, found[-1].label, len(found[-1].top1)) == ("other", "model", 2)
+    result = CliRunner().invoke(cli, ["compare", str(other), "--seeds", "0"])
+    assert result.exit_code == 0
+    assert f"{found[-1].top1[0]:.2f}" in result.output
+    assert "±" not in result.output, "one seed has no spread"
+
+
+@pytest.mark.parametrize(
+    ("stages", "seeds", "message"),
+    [
+        ((TRAIN, SAVE), (0,), "expected a stage that compresses, found none"),
+        ((PRUNE, TUNE, SAVE), (0,), "expected a train stage before the first that compresses"),
+        ((TRAIN, PRUNE, TUNE), (0,), "expected a save stage at the end, whose model has the structure to train, found finetune"),
+        ((TRAIN, PRUNE, SAVE), (), "seeds: expected one or more different ones, found none"),
+        ((TRAIN, PRUNE, SAVE), (1, 1), "seeds: expected one or more different ones, found 1, 1"),
+    ],
+)
+def test_what_cannot_be_compared_is_said_before_anything_runs(tmp_path, stages, seeds, message):
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        rethink(write(tmp_path, *stages), seeds, log=silent)
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_recipes_of_one_name_are_refused(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(RecipeError, match="expected recipes with different file names, found recipe, recipe"):
+        compare([write(tmp_path, TRAIN), write(tmp_path / "a", TRAIN)], (0,), log=silent)

@@ -1,0 +1,106 @@
+"""Does pruning beat training the pruned structure from scratch? (Liu et al. 2019, Rethinking the Value of Network Pruning.)
+
+For a recipe that trains, compresses and fine-tunes, what it ends with is trained again from random weights, in the way the recipe trained
+before it compressed: Scratch-E for as many epochs, Scratch-B with as much compute, which is epochs × MACs before / MACs after, with the
+schedule stretched in proportion. Fine-tuning is not counted, as in section 3 of the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .compare import Line, check_seeds, lines
+from .errors import RecipeError
+from .methods.reinitialize import ReinitializeConfig
+from .plan import make_plan
+from .recipe import EvaluateStage, ModelConfig, Recipe, SaveStage, TrainStage, load_recipe
+from .record import Record, write_record
+from .runner import run
+from .sharing.recipe_text import to_yaml
+from .training.checkpoint import write_atomic
+
+
+def rethink(path: str | Path, seeds: Sequence[int], *, log: Callable[[str], None] | None = None) -> list[Line]:
+    """Run a recipe and both of its baselines with seeds, or what is left of that.
+
+    The baselines are recipes too: `scratch_e.yaml` and `scratch_b.yaml` in the output folder of each run, whose record then holds their
+    rows, from which model cards take them.
+
+    Args:
+        path: A recipe that trains a model, compresses it, and saves the result.
+        seeds: Seeds; each run has an output folder of its own, as `run(path, seed=…)` makes it.
+        log: As for `run`.
+
+    Returns:
+        The recipe's table with the two baselines, over seeds.
+
+    Raises:
+        RecipeError: The recipe is none, or does not train before it compresses, or saves nothing; before anything is trained.
+        CompressError: A run failed.
+    """
+    check_seeds(seeds)
+    training = _training(path, load_recipe(path))
+    return lines(Path(path).stem, [_one(path, training, seed, log) for seed in seeds])
+
+
+def _training(path: str | Path, recipe: Recipe) -> tuple[TrainStage, ...]:
+    """The stages that train the model before it is compressed. Ways to train that prepare for it are not theirs."""
+    plan = make_plan(recipe)
+    first = next((step.index for step in plan if step.compresses), None)
+    if first is None:
+        raise RecipeError(f"{path}: expected a stage that compresses, found none: there is nothing to compare with training from scratch")
+    stages = tuple(step.action for step in plan[:first] if isinstance(step.action, TrainStage))
+    if not stages:
+        raise RecipeError(
+            f"{path}: expected a train stage before the first that compresses, found none: how its model was trained is not known"
+        )
+    if not isinstance(recipe.stages[-1], SaveStage):
+        raise RecipeError(
+            f"{path}: expected a save stage at the end, whose model has the structure to train, found {recipe.stages[-1].kind}"
+        )
+    return tuple(stage.model_copy(update={"method": None}) for stage in stages)
+
+
+def _one(path: str | Path, training: tuple[TrainStage, ...], seed: int, log: Callable[[str], None] | None) -> Record:
+    record = run(path, seed=seed, log=log)
+    if record.baselines:
+        return record
+    recipe = load_recipe(path).with_seed(seed)
+    output = Path(recipe.output).expanduser()
+    before, after = record.table[0].macs, record.table[-1].macs
+    rows = []
+    for label, name, factor in (("Scratch-E", "scratch_e", 1.0), ("Scratch-B", "scratch_b", before / after)):
+        baseline = _baseline(recipe, output, training, label, name, max(1.0, factor))
+        file = output / f"{name}.yaml"
+        write_atomic(file, (to_yaml(baseline) + "\n").encode())
+        rows.append(run(file, log=log).table[-1].model_copy(update={"label": label}))
+    record = record.model_copy(update={"baselines": tuple(rows)})
+    write_record(output, record)
+    return record
+
+
+def _baseline(recipe: Recipe, output: Path, training: tuple[TrainStage, ...], label: str, name: str, factor: float) -> Recipe:
+    saved = next(stage for stage in reversed(recipe.stages) if isinstance(stage, SaveStage))
+    stages = (
+        ReinitializeConfig(),
+        *(_stretched(stage, factor) for stage in training),
+        EvaluateStage(kind="evaluate"),
+        SaveStage(kind="save"),
+    )
+    return recipe.model_copy(
+        update={
+            "description": f"{label} for {recipe.description or output.name}",
+            "model": ModelConfig(name=f"local-dir:{output / saved.to}", pretrained=True),
+            "output": str(output / name),
+            "stages": stages,
+        }
+    )
+
+
+def _stretched(stage: TrainStage, factor: float) -> TrainStage:
+    changes: dict[str, Any] = {"epochs": max(1, round(stage.epochs * factor)), "warmup_epochs": round(stage.warmup_epochs * factor)}
+    if stage.decay_epochs is not None:
+        changes["decay_epochs"] = stage.decay_epochs * factor
+    return stage.model_copy(update=changes)

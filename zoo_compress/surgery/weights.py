@@ -1,0 +1,62 @@
+"""The weights that methods on single weights are about: those of convolutions and linear layers, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from ..errors import CompressError
+
+
+def layer_weights(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, nn.Parameter]:
+    """Weights of all convolutions and linear layers, each once, in the model's order.
+
+    Args:
+        model: The model.
+        exclude: Patterns of parameter names to leave out, such as `layer4.*`.
+
+    Raises:
+        CompressError: If a pattern matches none of them, or nothing is left.
+    """
+    if not isinstance(model, nn.Module):
+        raise CompressError(f"expected a model, found {type(model).__name__}")
+    found: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and isinstance(module._parameters.get("weight"), nn.Parameter):
+            weight = module.weight
+            if id(weight) not in seen and weight.is_floating_point():
+                seen.add(id(weight))
+                found[f"{path}.weight" if path else "weight"] = weight  # type: ignore[assignment]
+    left = dict(found)
+    for pattern in exclude:
+        matched = [name for name in found if fnmatchcase(name, pattern)]
+        if not matched:
+            raise CompressError(f"exclude: {pattern!r} matches none of the weights such as {next(iter(found), 'there are none')!r}")
+        left = {name: weight for name, weight in left.items() if name not in matched}
+    if not left:
+        raise CompressError(f"{type(model).__name__}: expected weights of convolutions or linear layers, found none")
+    return left
+
+
+def classifiers(model: nn.Module) -> list[str]:
+    """Names of the weights that give class logits, as the model's cfg says."""
+    return _of_layers(model, "classifier")
+
+
+def ends(model: nn.Module) -> list[str]:
+    """Names of the first and the last weights: those that read images and those that give logits.
+
+    They are the ones the model's cfg names; where it names none, the first and the last in the model's order.
+    """
+    names = list(layer_weights(model))
+    return [*(_of_layers(model, "first_conv") or names[:1]), *(classifiers(model) or names[-1:])]
+
+
+def _of_layers(model: nn.Module, key: str) -> list[str]:
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    layers = cfg.get(key) or ()
+    weights = layer_weights(model)
+    return [f"{layer}.weight" for layer in ([layers] if isinstance(layers, str) else layers) if f"{layer}.weight" in weights]
