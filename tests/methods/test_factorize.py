@@ -3,7 +3,6 @@
 import pytest
 import timm
 import torch
-from pydantic import ValidationError
 from torch import nn
 
 import zoo_compress as zc
@@ -159,5 +158,5 @@ def test_stages_of_recipes(model, images):
         (FactorizeConfig, {"macs": 0.5, "energy": 0.5}),
         (SeparateConfig, {"macs": 1, "params": 1}),
     ):
-        with pytest.raises(ValidationError, match="expected"):
+        with pytest.raises(CompressError, match="expected"):
             config(**settings)

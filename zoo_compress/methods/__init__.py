@@ -9,10 +9,11 @@ from .netaug import NetAugConfig
 from .reinitialize import ReinitializeConfig
 from .separate import SeparateConfig
 from .slim import SlimConfig
+from .slimming import SlimmingConfig
 from .sparse import SparsifyConfig
 from .us import UsConfig
 
-Trained: TypeAlias = SlimConfig | UsConfig | NetAugConfig | GradualConfig | ExitsConfig
+Trained: TypeAlias = SlimConfig | UsConfig | NetAugConfig | GradualConfig | ExitsConfig | SlimmingConfig
 """Methods that a training stage of a recipe may name. A method is one file and one entry here."""
 
 Changed: TypeAlias = FactorizeConfig | ReinitializeConfig | SeparateConfig | SparsifyConfig
