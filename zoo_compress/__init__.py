@@ -19,6 +19,7 @@ from .profiling.measure import Measurement, measure
 from .sharing.gallery import plot_exits
 from .sharing.push import push_to_hub
 from .structure.layout import Axis, Layout
+from .surgery.blocks import remove_blocks, residual_blocks
 from .surgery.calibrate import calibrate
 from .surgery.resize import resize
 from .surgery.trace import analyze
@@ -56,6 +57,8 @@ __all__ = [
     "prune",
     "push_to_hub",
     "reinitialize",
+    "remove_blocks",
+    "residual_blocks",
     "resize",
     "save",
     "search",

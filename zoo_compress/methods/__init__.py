@@ -2,6 +2,7 @@
 
 from typing import TypeAlias
 
+from .blocks import BlocksConfig
 from .exits import ExitsConfig
 from .factorize import FactorizeConfig
 from .gradual import GradualConfig
@@ -13,7 +14,7 @@ from .slimming import SlimmingConfig
 from .sparse import SparsifyConfig
 from .us import UsConfig
 
-Trained: TypeAlias = SlimConfig | UsConfig | NetAugConfig | GradualConfig | ExitsConfig | SlimmingConfig
+Trained: TypeAlias = SlimConfig | UsConfig | NetAugConfig | GradualConfig | ExitsConfig | SlimmingConfig | BlocksConfig
 """Methods that a training stage of a recipe may name. A method is one file and one entry here."""
 
 Changed: TypeAlias = FactorizeConfig | ReinitializeConfig | SeparateConfig | SparsifyConfig
