@@ -245,10 +245,13 @@ def _fit_step(run: Run, step: Step) -> Result:
         log=run.log,
     )
     last = history[-1]
+    metrics = {"loss": last.loss, "top1": last.top1, "top5": last.top5}
     if method is not None:
         reseed(run.recipe.seed, step.index, config.epochs)
         model = method.finish(model, calibration, held_out_batches(run.source, data, model) or ())
-    return Result(model.cpu(), {"loss": last.loss, "top1": last.top1, "top5": last.top5}, tuple(history))
+        if any(each.changes for each in methods):
+            metrics = _evaluated(run, model, step.label)
+    return Result(model.cpu(), metrics, tuple(history))
 
 
 def _teacher(name: str) -> nn.Module:

@@ -34,6 +34,7 @@ class BlocksConfig(MethodConfig):
         least: blocks whose factor ends below this magnitude are removed.
     """
 
+    changes = True
     kind: Literal["blocks"] = "blocks"
     penalty: Annotated[float, Field(gt=0)] = 1e-2
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9

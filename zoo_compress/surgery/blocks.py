@@ -124,6 +124,8 @@ def skip_(model: nn.Module, paths: Sequence[str]) -> nn.Module:
     for path in paths:
         if path not in known:
             raise VariantError(f"variant.removed: {type(model).__name__} has no block {path!r}")
+        if sum(path == other or path.startswith(f"{other}.") for other in paths) > 1:
+            raise VariantError(f"variant.removed: {path!r} is there twice, or within another")
     for path in paths:
         parent, _, name = path.rpartition(".")
         model.get_submodule(parent).register_module(name, Skip().train(model.training))
