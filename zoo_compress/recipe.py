@@ -314,8 +314,6 @@ class Recipe(Config):
     def sha256(self) -> str:
         """Hash of all that decides the run's numbers: everything but `description` and `output`."""
         content = self.model_dump(mode="json", exclude={"description", "output"})
-        if not self.data.held_out:
-            del content["data"]["held_out"]  # a recipe that says nothing of it has the hash it had before there was such a thing
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -158,5 +158,5 @@ def test_stages_of_recipes(model, images):
         (FactorizeConfig, {"macs": 0.5, "energy": 0.5}),
         (SeparateConfig, {"macs": 1, "params": 1}),
     ):
-        with pytest.raises(CompressError, match="expected"):
+        with pytest.raises(CompressError, match=rf"^{config.__name__}: expected"):
             config(**settings)

@@ -157,3 +157,16 @@ def test_what_samples_cost_that_leave(clock, ticking):
         net.infer(image[None])
     assert cost.latency_ms == pytest.approx(1e3 * (clock.now - start) / 6)
     assert [len(batch) for batch in model.batches(4)] == [4, 4]
+
+
+def test_widths_without_statistics_are_no_setting():
+    torch.manual_seed(0)
+    net = zc.slim(timm.create_model("test_resnet", num_classes=10, **SIZE), (0.25, 1.0), universal=True).eval()
+    assert net.knobs() == {"width": (1.0,)}
+    zc.calibrate(net, 0.3, [torch.randn(4, 3, 32, 32)])
+    assert net.knobs() == {"width": (0.3, 1.0)}
+    net.set_widths(net.groups[0].at(net.groups[0].steps // 2))
+    sizes = net.sizes  # no fraction says them
+    with pytest.raises(CompressError, match="nothing keeps"):
+        net.fit(1e-9, runs=1)
+    assert net.sizes == sizes

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..errors import CompressError
 from ..plugin.hub import load
+from ..surgery.exits import ExitsModel
 from ..training.config import DataConfig
 from ..training.data import check_fits, eval_loader
 from ..training.sources import open_source
@@ -130,8 +131,10 @@ def export_program(model: nn.Module, path: str | Path | None = None, data: DataC
 
 def _program(model: nn.Module, images: torch.Tensor) -> torch.export.ExportedProgram:
     training = model.training
+    # A pass that ends early leaves modules without their hooks, by which torch follows it unless it reads the code (`strict`).
+    strict = isinstance(model, ExitsModel) and model.record.truncated
     try:
-        return torch.export.export(model.eval(), (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False)
+        return torch.export.export(model.eval(), (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=strict)
     except Exception as error:
         raise CompressError(f"{type(model).__name__}: torch.export cannot export it: {_reason(error)}") from error
     finally:

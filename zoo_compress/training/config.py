@@ -25,22 +25,24 @@ class Config(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise CompressError(f"{type(self).__name__}: {one_line(error)}") from error
+            raise CompressError(one_line(error, whole=type(self).__name__)) from error
 
     # Pydantic's mark of an initialiser that it need not call for configs inside others: it then knows where in the whole an error is.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
 
-def one_line(error: ValidationError, leave_out: Collection[str] = ()) -> str:
+def one_line(error: ValidationError, leave_out: Collection[str] = (), whole: str = "the recipe") -> str:
     """The first thing wrong with a config: key, what was expected, what was found.
 
     Args:
         error: What pydantic found.
         leave_out: Parts of keys that are not written in files.
+        whole: What to call the config where it is wrong as a whole; also stands before a key, unless it is a recipe's.
     """
     details = error.errors(include_url=False)
     first = details[0]
-    key = ".".join(str(part) for part in first["loc"] if part not in leave_out) or "the recipe"
+    path = ".".join(str(part) for part in first["loc"] if part not in leave_out)
+    key = f"{whole}: {path}" if path and whole != "the recipe" else path or whole
     more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
     if first["type"] == "extra_forbidden":
         return f"{key}: expected no such key{more}"
