@@ -198,8 +198,7 @@ def test_bugs_keep_their_traceback(monkeypatch):
 
 def test_factorize_saves_what_it_plans(tmp_path):
     output = invoke("factorize", "test_vit", "--macs", 0.8, "--data", "digits", "--images", 32, "-o", tmp_path / "low", *TINY).output
-    small = zc.analyze(zc.load(tmp_path / "low"))
-    assert f"→ {small.macs():,} (" in output
+    assert f"→ {zc.analyze(zc.load(tmp_path / 'low')).macs():,} (" in output
     assert "a classifier: made anew for other classes" in output
     invoke("factorize", "test_vit", "--macs", 0.8, "-o", tmp_path / "low", *TINY, code=2)  # not empty any more
 

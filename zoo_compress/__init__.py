@@ -21,6 +21,7 @@ from .profiling.measure import Measurement, measure
 from .sharing.gallery import plot_exits
 from .sharing.push import push_to_hub
 from .structure.layout import Axis, Layout
+from .surgery.blocks import remove_blocks, residual_blocks
 from .surgery.calibrate import calibrate
 from .surgery.resize import resize
 from .surgery.trace import analyze
@@ -60,6 +61,8 @@ __all__ = [
     "push_to_hub",
     "quantize",
     "reinitialize",
+    "remove_blocks",
+    "residual_blocks",
     "resize",
     "save",
     "search",

@@ -220,10 +220,10 @@ def _fit_step(run: Run, step: Step) -> Result:
     config = step.action
     assert isinstance(config, TrainConfig)
     model, data = zc.load(run.latest()), run.recipe.data
-    teacher = None
+    teachers: list[nn.Module] = []
     if isinstance(config, FinetuneConfig) and config.distill:
         dense = uncompressed(run.plan)
-        teacher = _teacher(config.distill.teacher) if config.distill.teacher else zc.load(run.folder(dense)) if dense else None
+        teachers = [_teacher(name) for name in config.distill.teachers] or ([zc.load(run.folder(dense))] if dense else [])
     loaders = train_loader(run.source, data, model, run.processes), eval_loader(run.source, data, model, run.processes)
     methods = methods_of(config)
     method = nested(methods) if methods else None
@@ -237,7 +237,7 @@ def _fit_step(run: Run, step: Step) -> Result:
         *loaders,
         config,
         phase=Phase(step.label, step.index, run.recipe.seed, run.record.recipe_sha256),
-        teacher=teacher,
+        teacher=teachers,
         method=method,
         calibration=calibration,
         processes=run.processes,
@@ -245,10 +245,13 @@ def _fit_step(run: Run, step: Step) -> Result:
         log=run.log,
     )
     last = history[-1]
+    metrics = {"loss": last.loss, "top1": last.top1, "top5": last.top5}
     if method is not None:
         reseed(run.recipe.seed, step.index, config.epochs)
         model = method.finish(model, calibration, held_out_batches(run.source, data, model) or ())
-    return Result(model.cpu(), {"loss": last.loss, "top1": last.top1, "top5": last.top5}, tuple(history))
+        if any(each.changes for each in methods):
+            metrics = _evaluated(run, model, step.label)
+    return Result(model.cpu(), metrics, tuple(history))
 
 
 def _teacher(name: str) -> nn.Module:

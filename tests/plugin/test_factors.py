@@ -174,3 +174,14 @@ def test_damaged_records_are_refused(base, tmp_path, change, message):
     path.write_text(json.dumps(config))
     with pytest.raises(VariantError, match=message):
         zc.load(tmp_path)
+
+
+def test_layers_with_removed_weights_stay(base, image, tmp_path):
+    """A product of two has no zeros: what was removed would come back."""
+    thin = zc.sparsify(base, density=0.5, exclude=["layer3*", "layer4*"])
+    plan = zc.plan_factorize(thin, macs=0.9)
+    assert plan.left["layer1.0.conv1"] == "its weight has removed or shared elements, which would be lost"
+    both = zc.factorize(thin, macs=0.9).eval()
+    assert torch.equal(both.layer1[0].conv1.weight, thin.layer1[0].conv1.weight)
+    assert variant(both)["packed"]
+    assert torch.equal(saved(both, tmp_path)(image), both(image))

@@ -149,3 +149,10 @@ def test_bad_widths(model, layout, widths, message):
 def test_layout_terms_give_the_real_shapes(model, layout):
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         assert tuple(terms.size(parse(dim), layout.base_sizes) for dim in layout.params[name]) == tuple(tensor.shape)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_what_a_model_says_of_its_classifiers_input_follows(name):
+    """timm's feature distillation and new heads read it; it stayed as it was on models that don't read it themselves."""
+    small = zc.prune(timm.create_model(name, num_classes=10), keep=0.5)
+    assert small.head_hidden_size == small.num_features == small.get_classifier().in_features

@@ -34,6 +34,7 @@ CONFIGS = {
     "mixing": TrainConfig(epochs=3, lr=3e-3, mixup=0.2, cutmix=1.0, smoothing=0.1),
     "channels last": TrainConfig(epochs=3, lr=3e-3, channels_last=True, ema_decay=0.9),
     "distillation": FinetuneConfig(epochs=3, lr=1e-3, distill=DistillConfig(temperature=2.0), smoothing=0.1),
+    "features": FinetuneConfig(epochs=3, lr=1e-3, distill=DistillConfig(match="features"), ema_decay=0.9),
 }
 
 

@@ -63,7 +63,7 @@ def inspect(model: str, pretrained: bool, args: tuple[str, ...]) -> None:
     "--criterion",
     default="l2",
     show_default=True,
-    help="Importance of a channel: l1, l2, bn_scale, lamp, fpgm, random; with --data: taylor, hessian, obdc, thinet.",
+    help="Importance of a channel: l1, l2, bn_scale, slimming, lamp, fpgm, random; with --data: taylor, hessian, obdc, thinet.",
 )
 @click.option(
     "--data", "source", help="Images to look at: imagefolder:PATH, digits, fashion_mnist, or a name timm.data.create_dataset takes."

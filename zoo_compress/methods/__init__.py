@@ -3,6 +3,7 @@
 from typing import TypeAlias
 
 from .binary import BinaryConfig, TernaryConfig
+from .blocks import BlocksConfig
 from .cluster import ClusterConfig
 from .exits import ExitsConfig
 from .factorize import FactorizeConfig
@@ -11,10 +12,13 @@ from .netaug import NetAugConfig
 from .reinitialize import ReinitializeConfig
 from .separate import SeparateConfig
 from .slim import SlimConfig
+from .slimming import SlimmingConfig
 from .sparse import SparsifyConfig
 from .us import UsConfig
 
-Trained: TypeAlias = SlimConfig | UsConfig | NetAugConfig | GradualConfig | BinaryConfig | TernaryConfig | ExitsConfig
+Trained: TypeAlias = (
+    SlimConfig | UsConfig | NetAugConfig | GradualConfig | BinaryConfig | TernaryConfig | ExitsConfig | SlimmingConfig | BlocksConfig
+)
 """Methods that a training stage of a recipe may name. A method is one file and one entry here."""
 
 Changed: TypeAlias = ReinitializeConfig | SparsifyConfig | ClusterConfig | FactorizeConfig | SeparateConfig

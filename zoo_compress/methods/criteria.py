@@ -71,6 +71,7 @@ CRITERIA: dict[str, Criterion] = {
     "l1": Criterion("GroupMagnitudeImportance", {"p": 1}, source="Li et al. 2017, Pruning Filters for Efficient ConvNets"),
     "l2": Criterion("GroupMagnitudeImportance", {"p": 2}, source="Fang et al. 2023, DepGraph"),
     "bn_scale": Criterion("BNScaleImportance", source="Liu et al. 2017, Network Slimming"),
+    "slimming": Criterion("BNScaleImportance", {"normalizer": None}, source="the same, by one threshold on scales over all layers"),
     "lamp": Criterion("LAMPImportance", source="Lee et al. 2021, Layer-adaptive Sparsity for Magnitude-based Pruning"),
     "fpgm": Criterion("FPGMImportance", source="He et al. 2019, Filter Pruning via Geometric Median"),
     "random": Criterion("RandomImportance", source="baseline"),

@@ -110,8 +110,9 @@ def prune(
         latency: The same as a measured latency on this machine's CPU: a fraction of the model's own, or milliseconds when above 1.
             The pruned model is built and timed against the model in turns until it meets the fraction within 3 percentage points plus
             twice the standard error of that measurement (6 at most). Two calls may choose differently.
-        criterion: Importance criterion: l1, l2, bn_scale, lamp, fpgm, random; with data, taylor, hessian, obdc; with images (of
-            `reconstruct` or `data`), thinet, which measures what removal does to the predictions and keeps most accuracy.
+        criterion: Importance criterion: l1, l2, bn_scale, slimming (after training with that method), lamp, fpgm, random; with data,
+            taylor, hessian, obdc; with images (of `reconstruct` or `data`), thinet, which measures what removal does to the predictions
+            and keeps most accuracy.
         scope: `global` ranks all axes together; `local` keeps the same fraction of each.
         round_to: Preferred multiple for sizes; see `Budget.round_to`. With `auto`, whatever the budget, several multiples and rankings
             that prefer channels which take little time are built and timed, and the fastest is taken; see `profiling.search`.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import CompressError, VariantError
 from ..methods.exiting import attach_exits_
 from ..structure.variant import OPTIONS, Variant
-from ..surgery import factors
+from ..surgery import blocks, factors
 from ..surgery.masks import mask_
 from ..surgery.origin import origin
 from ..surgery.packing import unpack_state
@@ -269,14 +269,15 @@ def restored(
     entrypoint = model_entrypoint(variant.base)
 
     def between(built: Built) -> None:
-        two = factors.present(built.model, variant.factors)
-        factors.replace_(built.model, two)
+        removed, two = blocks.present(built.model, variant.removed), factors.present(built.model, variant.factors)
+        factors.replace_(blocks.skip_(built.model, removed), two)
         if variant.exits and not args.get("features_only"):
             attach_exits_(built.model, variant.exits, boundaries)
         fitting = present(built.model, variant)
-        if fitting != variant or two != variant.factors:
+        if fitting != variant or (removed, two) != (variant.removed, variant.factors):
             # The model was asked for without its classifier, or as features. The record must still fit what it was made of.
-            whole = factors.replace_(entrypoint(pretrained=False, **source_args), variant.factors)
+            whole = blocks.skip_(entrypoint(pretrained=False, **source_args), variant.removed)
+            factors.replace_(whole, variant.factors)
             check(attach_exits_(whole, variant.exits) if variant.exits else whole, variant)
         restore_(built.model, fitting)
         for name in fitting.packed:  # random weights are whole, even where they begin as zero

@@ -54,6 +54,7 @@ class Variant(BaseModel):
         scales: `module.path.attr` → term `t` of a float attribute that holds size(t) ** -0.5.
         bank: What runs at many widths, in a network that does.
         exits: Early exits; their heads are part of what `params` describes.
+        removed: Paths of residual blocks of the base that are the identity.
         packed: Parameter name → which zeros and shared values it keeps, for those that keep any.
         factors: Path of a layer of the base → the two that take its place, which `params` describes then.
         provenance: Recipe, seed, versions, hash of the parent checkpoint, … as JSON scalars.
@@ -71,6 +72,7 @@ class Variant(BaseModel):
     scales: dict[Path, TermText] = Field(default={}, max_length=MAX_ENTRIES)
     bank: Bank | None = None
     exits: Exits | None = None
+    removed: Annotated[tuple[Path, ...], Field(strict=False, max_length=MAX_ENTRIES)] = ()
     packed: dict[Path, Packing] = Field(default={}, max_length=MAX_ENTRIES)
     factors: dict[Path, Factor] = Field(default={}, max_length=MAX_ENTRIES)
     provenance: dict[Name, Scalar] = Field(default={}, max_length=256)
@@ -128,8 +130,8 @@ class Variant(BaseModel):
         return tuple(n if term is None else self.size(term) for term, n in zip(self.params[name], base, strict=True))
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as JSON values, for `config.json`. It does not mention what the model has not: bank, exits, packed, factors."""
-        optional = ("bank", "exits", "packed", "factors")
+        """The record as JSON values, for `config.json`. It does not mention what the model has none of: a bank, exits, …"""
+        optional = ("bank", "exits", "removed", "packed", "factors")
         return self.model_dump(mode="json", exclude={name for name in optional if not getattr(self, name)})
 
     @classmethod
@@ -232,6 +234,7 @@ def record(
             "scales": single(layout.scales, previous.scales if previous else {}),
             "bank": None if bank is None else bank.model_dump(),
             "exits": previous.exits.model_dump(mode="json") if previous and previous.exits else None,
+            "removed": previous.removed if previous else (),
             # A bank is trained as a whole: what it had of zeros and shared values is not kept.
             "packed": {name: p.model_dump() for name, p in previous.packed.items()} if previous and bank is None else {},
             "factors": {path: factor.model_dump() for path, factor in previous.factors.items()} if previous else {},

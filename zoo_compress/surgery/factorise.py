@@ -27,7 +27,7 @@ from .images import image_batches
 from .layers import DenseLayer, dense_layers
 from .modules import clear_caches, copied_dictionaries, get_tensor
 from .moments import Moments, gather
-from .origin import origin, stamp
+from .origin import origin, packed_of, stamp
 from .trace import analyze
 
 BUDGETS = ("macs", "params", "energy")
@@ -216,9 +216,8 @@ def _stamp(new: nn.Module, layout: Layout, plan: FactorPlan) -> None:
         return
     before = source.previous
     if before is None or not before.params:
-        exits, earlier, packed = (before.exits, before.factors, before.packed) if before else (None, {}, {})
-        blank = Variant(method=plan.method, base=source.base, base_args=source.args, sizes={}, params={}, exits=exits, packed=packed)
-        stamp(new, blank.model_copy(update={"factors": {**earlier, **plan.factors}}))
+        blank = before or Variant(method=plan.method, base=source.base, base_args=source.args, sizes={}, params={})
+        stamp(new, blank.model_copy(update={"method": plan.method, "factors": {**blank.factors, **plan.factors}}))
         return
     previous = before.model_copy(update={"factors": {**before.factors, **plan.factors}, **_moved(before, plan.factors)})
     stamp(new, record(layout, layout.base_sizes, method=plan.method, base=source.base, base_args=source.args, previous=previous))
@@ -262,8 +261,11 @@ def _set_aside(model: nn.Module, layers: Mapping[str, DenseLayer], wanted: Wante
         out.update(dict.fromkeys(matched, "excluded"))
     source = origin(model)
     earlier = source.previous.factors if source is not None and source.previous is not None else {}
+    packed = packed_of(model)
     for path, layer in layers.items():
-        if path.rpartition(".")[0] in earlier:
+        if f"{path}.weight" in packed:
+            out[path] = "its weight has removed or shared elements, which would be lost"
+        elif path.rpartition(".")[0] in earlier:
             out[path] = "one of two layers already: prune their rank"
         elif not _kinds(layer, wanted):
             out[path] = f"there are no {' or '.join(wanted.kinds)} factors of such a layer"

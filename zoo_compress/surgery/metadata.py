@@ -131,7 +131,7 @@ class Spy:
             read = getattr(module, "in_features", None)
             if id(module) not in old and isinstance(read, Size) and weight is not None and len(weight) == 2:
                 self.tracer.meet(read, weight[1])
-                self._describe("head_hidden_size", [weight[1]])
+                self._describe("head_hidden_size", weight)
 
 
 def describe_standard_modules(model: nn.Module, dims: dict[str, list[Term]], attributes: Attributes) -> None:

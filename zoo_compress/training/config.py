@@ -104,17 +104,36 @@ class DataConfig(Config):
 
 
 class DistillConfig(Config):
-    """Logit distillation (`timm.task.LogitDistillationTask`).
+    """Distillation, by the tasks of `timm.task`.
 
     Attributes:
-        teacher: anything `timm.create_model` takes with pretrained weights; None is the model before the first stage that compressed it.
+        teacher: anything `timm.create_model` takes with pretrained weights, or a list: their probabilities are averaged. None is the model
+            before the first stage that compressed it.
+        match: what is learnt from the teacher: its `logits` (`LogitDistillationTask`), its pooled `features` as well as labels
+            (`FeatureDistillationTask`), or its logits by a distillation `token` (`TokenDistillationTask`).
         temperature: softmax temperature of both models.
-        task_loss_weight: weight of the loss on labels; distillation gets the rest.
+        task_loss_weight: weight of the loss on labels; distillation gets the rest. 0 ignores labels.
     """
 
-    teacher: str | None = None
+    teacher: str | Annotated[tuple[str, ...], Field(strict=False, min_length=1, max_length=64)] | None = None
+    match: Literal["logits", "features", "token"] = "logits"
     temperature: Positive = 1.0
     task_loss_weight: Fraction = 0.5
+
+    @model_validator(mode="after")
+    def _possible(self) -> "DistillConfig":
+        if self.match == "features" and isinstance(self.teacher, tuple) and len(self.teacher) > 1:
+            raise ValueError(f"expected one teacher beside match: features, found {len(self.teacher)}")
+        if self.match == "features" and self.task_loss_weight == 0:
+            raise ValueError("expected a task_loss_weight above 0 beside match: features, which do not train the classifier, found 0")
+        if self.match == "features" and self.temperature != 1.0:
+            raise ValueError(f"expected no temperature beside match: features, which have no softmax, found {self.temperature:g}")
+        return self
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Names of the teachers; none where the model before it was compressed teaches."""
+        return (self.teacher,) if isinstance(self.teacher, str) else self.teacher or ()
 
 
 class TrainConfig(Config):

@@ -6,7 +6,7 @@ same numbers whether the epochs before it ran in this process or in one that is 
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from timm.task import ClassificationEvaluator, ClassificationTask, LogitDistillationTask, TrainingTask, evaluation_sample_limit
+from timm.task import ClassificationEvaluator, TokenDistillationTask, TrainingTask, evaluation_sample_limit
 from timm.utils import dispatch_clip_grad, distribute_bn, random_seed, unwrap_model
 from torch import nn
 from torch.utils.data import DataLoader
@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from ..errors import CompressError
 from .checkpoint import load_state, save_state
-from .config import FinetuneConfig, TrainConfig
+from .config import TrainConfig
+from .distill import create_task
 from .distributed import Processes
 from .keep import Keeper
 from .snapshot import Marks, Snapshot, Take, put_back
@@ -112,7 +113,7 @@ def fit(
     config: TrainConfig,
     *,
     phase: Phase | None = None,
-    teacher: nn.Module | None = None,
+    teacher: nn.Module | Sequence[nn.Module] = (),
     method: MethodConfig | None = None,
     calibration: Iterable[object] = (),
     processes: Processes | None = None,
@@ -131,7 +132,7 @@ def fit(
         test: evaluated after every epoch.
         config: what to do.
         phase: key of the randomness and of the saved state.
-        teacher: for `config.distill`, the model whose logits to learn.
+        teacher: for `config.distill`, the model to learn from, or several.
         method: how to train it, if not as it is; `model` is then what the method's `wrap` gives.
         calibration: batches of training images without augmentation, for the method.
         processes: the processes that train together; None for one.
@@ -150,11 +151,17 @@ def fit(
     phase, processes = phase or Phase(), processes or Processes()
     mix = _create_mix(model, train, config)
     model.to(processes.device)
-    task = _create_task(model, config, teacher, processes)
+    reseed(phase.seed, phase.index, 0)  # the task may have parameters of its own
+    task = create_task(model, config, (teacher,) if isinstance(teacher, nn.Module) else teacher, processes.device)
     if method is not None:
         task = method.task(task, phase.seed)
     optimizer = create_optimizer_v2(
-        model, config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum, **_tuples(config.opt_args)
+        unwrap_model(task.get_trainable_module()),
+        config.opt,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+        **_tuples(config.opt_args),
     )
     scheduler = _create_scheduler(optimizer, config, len(train))
     if config.ema_decay is not None:
@@ -195,23 +202,12 @@ def fit(
             _save(state, phase, task, optimizer, history)
     if task.has_ema():
         model.load_state_dict(_result(task).state_dict())
+    if isinstance(task, TokenDistillationTask):
+        model.set_distilled_training(False)  # type: ignore[operator]
     keeper.remove()
     if isinstance(task, MethodTask):
         task.end()
     return history
-
-
-def _create_task(model: nn.Module, config: TrainConfig, teacher: nn.Module | None, processes: Processes) -> TrainingTask:
-    criterion = {"smoothing": config.smoothing, "soft_targets": bool(config.mixup or config.cutmix)}
-    shared: dict[str, Any] = {"criterion_kwargs": criterion, "device": processes.device, "verbose": False}
-    distill = config.distill if isinstance(config, FinetuneConfig) else None
-    if distill is None:
-        return ClassificationTask(model, **shared)
-    if teacher is None:
-        raise CompressError("distill: expected a teacher, found none")
-    return LogitDistillationTask(
-        model, teacher.to(processes.device), temperature=distill.temperature, task_loss_weight=distill.task_loss_weight, **shared
-    )
 
 
 def _create_mix(model: nn.Module, train: DataLoader, config: TrainConfig) -> Mixup | None:
@@ -299,7 +295,7 @@ def _bar(loader: DataLoader, label: str | None, processes: Processes) -> Any:
 
 def _result(task: TrainingTask) -> nn.Module:
     """The module whose weights the phase would end with: the average where there is one."""
-    return unwrap_model(task.get_trainable_module(ema=task.has_ema()))
+    return unwrap_model(task.get_eval_model(ema=task.has_ema()))
 
 
 def _tuples(args: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,120 @@
+"""Sparse structure selection: factors follow the paper's rule, blocks at zero go, the others' factors go into their weights."""
+
+import pytest
+import timm
+import torch
+from timm.task import ClassificationTask
+
+from zoo_compress.errors import CompressError
+from zoo_compress.methods.blocks import BlocksConfig, BlocksTask
+from zoo_compress.surgery.blocks import Skip
+
+ARGS = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 10, "in_chans": 1}
+
+
+def make():
+    torch.manual_seed(0)
+    return timm.create_model("deit_tiny_patch16_224", **ARGS, pretrained_cfg_overlay={"input_size": (1, 16, 16), "mean": (0,), "std": (1,)})
+
+
+def batch(count=16):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(count, 1, 16, 16, generator=generator), torch.arange(count) % 10
+
+
+def start(config, lr=0.1):
+    net = config.wrap(make())
+    task = config.task(ClassificationTask(net, verbose=False), 0)
+    optimizer = torch.optim.SGD(net.parameters(), lr=lr)
+    task.start_epoch(0, 1, optimizer, 1)
+    return net, task.train(), optimizer
+
+
+def step(task, optimizer):
+    optimizer.zero_grad()
+    task(*batch())["loss"].backward()
+    optimizer.step()
+
+
+def test_factors_begin_at_one_and_change_nothing():
+    net, task, _ = start(BlocksConfig())
+    torch.testing.assert_close(net.eval()(batch()[0]), make().eval()(batch()[0]))
+    assert torch.equal(task.scales, torch.ones(3))
+
+
+def test_gradients_of_factors_are_those_of_the_loss():
+    net, task, _ = start(BlocksConfig())
+    net.eval()  # no dropout: finite differences need the same network
+    images, target = batch()
+
+    def loss(factors):
+        net.block_scales.copy_(factors)
+        return float(torch.nn.functional.cross_entropy(net(images), target))
+
+    net.double()
+    images = images.double()
+    base, small = torch.tensor([0.9, 0.5, 1.2], dtype=torch.float64), 1e-5
+    expected = [(loss(base + small * unit) - loss(base - small * unit)) / (2 * small) for unit in torch.eye(3, dtype=torch.float64)]
+    net.block_scales.copy_(base)
+    net.train()
+    task(images, target)["loss"].backward()
+    torch.testing.assert_close(task._current.grad, torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-7)
+
+
+def test_the_step_is_accelerated_proximal_gradient():
+    """Huang & Wang 2018, equation 10, worked out for one factor after another."""
+    config = BlocksConfig(penalty=0.3, momentum=0.8)
+    _, task, optimizer = start(config, lr=0.05)
+    factors, velocity = [1.0] * 3, [0.0] * 3
+    for _ in range(4):
+        optimizer.zero_grad()
+        task(*batch())["loss"].backward()
+        gradient = task._current.grad.tolist()
+        optimizer.step()
+        for i in range(3):
+            moved = factors[i] - 0.05 * gradient[i]
+            shrunk = max(abs(moved) - 0.05 * 0.3, 0) * (1 if moved > 0 else -1)
+            velocity[i] = shrunk - factors[i] + 0.8 * velocity[i]
+            factors[i] = shrunk + 0.8 * velocity[i]
+        torch.testing.assert_close(task.scales, torch.tensor(factors))
+
+
+def test_what_the_penalty_switches_off_is_removed():
+    config = BlocksConfig(penalty=50.0)
+    net, task, optimizer = start(config)
+    for _ in range(3):
+        step(task, optimizer)
+    assert torch.equal(task.scales, torch.zeros(3)), "exactly, not nearly"
+    expected = net.eval()(batch()[0])
+    task.end()
+    small = config.finish(net, ())
+    assert all(isinstance(block, Skip) for block in small.blocks)
+    torch.testing.assert_close(small.eval()(batch()[0]), expected)
+
+
+def test_factors_of_blocks_that_stay_go_into_their_weights():
+    config = BlocksConfig(penalty=1e-3)
+    net, task, optimizer = start(config)
+    for _ in range(3):
+        step(task, optimizer)
+    with torch.no_grad():
+        task.scales.copy_(torch.tensor([0.6, 0.0, -0.4]))
+    expected = net.eval()(batch()[0])
+    task.end()
+    small = config.finish(net, ())
+    torch.testing.assert_close(small.eval()(batch()[0]), expected)
+    assert [isinstance(block, Skip) for block in small.blocks] == [False, True, False]
+    assert set(small.state_dict()) < set(make().state_dict())
+
+
+def test_networks_without_residual_blocks_are_refused():
+    with pytest.raises(CompressError, match="EfficientNet has no residual block that can be removed"):
+        BlocksConfig().wrap(timm.create_model("test_efficientnet", num_classes=10))
+    with pytest.raises(CompressError, match=r"expected a network made by BlocksConfig\.wrap"):
+        BlocksTask(ClassificationTask(make(), verbose=False), BlocksConfig())
+
+
+@pytest.mark.parametrize("settings", [{"penalty": 0}, {"penalty": float("nan")}, {"momentum": 1.0}, {"least": 2.0}, {"more": 1}], ids=str)
+def test_bad_settings(settings):
+    with pytest.raises(CompressError, match="expected"):
+        BlocksConfig(**settings)
