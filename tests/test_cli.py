@@ -209,7 +209,20 @@ def test_separate_saves_what_it_plans(tmp_path):
 
 
 def test_sparsify_and_cluster_save_what_they_say(tmp_path):
-    options = ("--density", 0.2, "--criterion", "snip", "--data", "digits", "--images", 32, "--exclude", "fc.*", "-a", "zero_init_last=false")
+    options = (
+        "--density",
+        0.2,
+        "--criterion",
+        "snip",
+        "--data",
+        "digits",
+        "--images",
+        32,
+        "--exclude",
+        "fc.*",
+        "-a",
+        "zero_init_last=false",
+    )
     output = invoke("sparsify", "test_resnet", *options, "-o", tmp_path / "thin", *TINY[:2]).output
     size = (tmp_path / "thin" / "model.safetensors").stat().st_size
     assert f"{size:,} bytes" in output
