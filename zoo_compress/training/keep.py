@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..errors import CompressError
 from ..structure.packed import Packing
 from ..surgery.masks import Masks, mask_, masks_of
 from ..surgery.origin import packed_of
@@ -144,5 +145,14 @@ def keep_packed(model: nn.Module, optimizer: torch.optim.Optimizer) -> Keeper:
 
     Returns:
         What keeps them: `restore_(average)` before an average of the weights is used, `remove()` to end it.
+
+    Raises:
+        CompressError: If the model says of no weight that it is removed or shared.
     """
-    return Keeper(model).attach(optimizer)
+    packed = packed_of(model)
+    if not packed:
+        raise CompressError(
+            f"keep_packed: expected a model that sparsify, cluster or quantize made of one of timm's, found {type(model).__name__} without "
+            "a record of removed or shared weights"
+        )
+    return Keeper(model, packed).attach(optimizer)
