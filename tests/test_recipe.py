@@ -95,6 +95,17 @@ def test_several_methods_and_what_they_need(tmp_path):
     assert recipe_of(held.model_dump(mode="json")) == held
 
 
+def test_teachers_and_stages_that_factorise(tmp_path):
+    text = GOOD.replace("distill: {temperature: 2}", "distill: {teacher: [resnet18, 'local-dir:a'], task_loss_weight: 0.0, temperature: 2}")
+    text = text.replace("  - evaluate\n", "  - factorize: {macs: 0.7, data: true, exclude: [layer1.*]}\n  - separate\n  - evaluate\n", 1)
+    recipe = load(tmp_path, text)
+    assert recipe.stages[2].distill.teachers == ("resnet18", "local-dir:a")
+    assert [stage.kind for stage in recipe.stages[3:5]] == ["factorize", "separate"]
+    assert recipe.stages[3].exclude == ("layer1.*",)
+    assert recipe_of(recipe.model_dump(mode="json")) == recipe
+    assert load(tmp_path, to_yaml(recipe)) == recipe
+
+
 def test_holding_nothing_out_is_no_change(tmp_path):
     said = load(tmp_path, GOOD.replace("source: digits", "source: digits, held_out: 0"))
     assert said.sha256 == load(tmp_path, GOOD).sha256
@@ -154,6 +165,17 @@ BAD = {
     "zero rounds": ("rounds: 3", "rounds: 0", "stages.1.prune.rounds"),
     "unknown model": ("name: test_resnet", "name: test_resnot", "model.name: expected a name of timm.list_models()"),
     "path for a model": ("name: test_resnet", "name: a/b", "model.name: expected a name of timm.list_models()"),
+    "two budgets": (
+        "- evaluate",
+        "- factorize: {macs: 0.5, energy: 0.9}",
+        "stages.3.factorize: expected exactly one of macs, params, energy",
+    ),
+    "several teachers of features": (
+        "distill: {temperature: 2}",
+        "distill: {teacher: [a, b], match: features}",
+        "stages.2.finetune.distill: expected one teacher beside match: features, found 2",
+    ),
+    "a penalty below zero": ("epochs: 2,", "epochs: 2, method: {slimming: {penalty: -1.0}},", "penalty: expected"),
     "unknown stage": ("- evaluate", "- evaluat", "stages.3: expected one of train, prune, finetune, evaluate, save"),
     "two stages in one": ("- evaluate", "- {evaluate: , save: }", "stages.3: expected one of train"),
     "stage settings that are no mapping": ("- evaluate", "- evaluate: 3", "stages.3: expected one of train"),

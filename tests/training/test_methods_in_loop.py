@@ -6,6 +6,7 @@ import torch
 from zoo_compress.methods.exits import ExitsConfig
 from zoo_compress.methods.netaug import NetAugConfig
 from zoo_compress.methods.slim import SlimConfig
+from zoo_compress.methods.slimming import SlimmingConfig
 from zoo_compress.methods.us import UsConfig
 from zoo_compress.profiling.settings import ways
 from zoo_compress.training.config import TrainConfig
@@ -16,6 +17,7 @@ METHODS = {
     "slim": SlimConfig(widths=(0.5, 1.0)),
     "us": UsConfig(widths=(0.5, 1.0), samples=3),
     "netaug": NetAugConfig(r=2, s=2),
+    "slimming": SlimmingConfig(penalty=1e-3),
     "exits": ExitsConfig(exits=1),
     "exits, slim": nested([ExitsConfig(exits=1, distill=0.3), SlimConfig(widths=(0.5, 1.0))]),
     "exits, us": nested([ExitsConfig(exits=1), UsConfig(widths=(0.5, 1.0), samples=2)]),
@@ -59,6 +61,6 @@ def test_learns_real_digits_at_every_width(make_model, make_loaders, digits, met
     history = fit(net, train, test, TrainConfig(epochs=4, lr=3e-3), method=method, calibration=calibration)
     result = method.finish(net, calibration)
     models = list(ways(result).values())
-    assert len(models) == {"netaug": 1, "nested": 4}.get(method.kind, 2)
+    assert len(models) == {"netaug": 1, "slimming": 1, "nested": 4}.get(method.kind, 2)
     assert evaluate(models[0], test)["top1"] == history[-1].top1
     assert all(evaluate(model, test)["top1"] > 70 for model in models)

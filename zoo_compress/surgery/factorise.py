@@ -152,7 +152,10 @@ def plan_factors(
     # Without data the product of what layers keep is to stay high (Zhang et al. 2016, section 3.3); with data losses are in one unit.
     scales = energies if moments else None
     before = {"macs": layout.macs(), "params": layout.num_params()}
-    chosen = _chosen(layers, curves, scales, before[wanted.unit], wanted)
+    try:
+        chosen = _chosen(layers, curves, scales, before[wanted.unit], wanted)
+    except WidthError as error:
+        raise WidthError(f"{error}; {_most(left)}") from error
     factors = {path: Factor(kind=found[0], rank=found[1]) for path, found in chosen.items() if found is not None}  # type: ignore[arg-type]
     if not factors:
         raise _nothing(model, wanted, left)
@@ -165,8 +168,12 @@ def plan_factors(
 
 
 def _nothing(model: nn.Module, wanted: Wanted, left: Mapping[str, str]) -> CompressError:
-    reasons = "; ".join(f"{count} left: {reason}" for reason, count in Counter(left.values()).most_common(3))
-    return CompressError(f"{wanted.method}: no layer of {type(model).__name__} gets cheaper; {reasons or 'it has none'}")
+    return CompressError(f"{wanted.method}: no layer of {type(model).__name__} gets cheaper; {_most(left) or 'it has none'}")
+
+
+def _most(left: Mapping[str, str]) -> str:
+    """The most frequent reasons for which layers are left."""
+    return "; ".join(f"{count} left: {reason}" for reason, count in Counter(left.values()).most_common(3))
 
 
 def apply_factors(model: nn.Module, plan: FactorPlan) -> nn.Module:
