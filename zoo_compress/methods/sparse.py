@@ -72,7 +72,8 @@ def sparsify(
     """A copy of a model with the least important weights of convolutions and linear layers removed: they are zero.
 
     Nothing is trained. Fine-tuning by this package's loop keeps the zeros, in a loop of your own `zoo_compress.keep_packed` does. Saving
-    stores the weights that are left, and one bit for each place.
+    stores the weights that are left, and one bit for each place. Layers that standardise their weights before they use them (nfnet's,
+    BiT's) store zeros and compute with other numbers: `exclude` them.
 
     Args:
         model: The model. It is not changed. Compressed models too; what is removed already stays so.
