@@ -139,7 +139,7 @@ BAD = {
     "zero rounds": ("rounds: 3", "rounds: 0", "stages.1.prune.rounds"),
     "unknown model": ("name: test_resnet", "name: test_resnot", "model.name: expected a name of timm.list_models()"),
     "path for a model": ("name: test_resnet", "name: a/b", "model.name: expected a name of timm.list_models()"),
-    "two budgets": (
+    "two budgets of ranks": (
         "- evaluate",
         "- factorize: {macs: 0.5, energy: 0.9}",
         "stages.3.factorize: expected exactly one of macs, params, energy",
