@@ -43,6 +43,8 @@ COMMANDS = [
     "export",
     "factorize",
     "separate",
+    "sparsify",
+    "cluster",
 ]
 
 
@@ -204,3 +206,31 @@ def test_factorize_saves_what_it_plans(tmp_path):
 def test_separate_saves_what_it_plans(tmp_path):
     output = invoke("separate", "test_resnet", "-o", tmp_path / "separable", *TINY).output
     assert f"→ {zc.analyze(zc.load(tmp_path / 'separable')).num_params():,} (" in output
+
+
+def test_sparsify_and_cluster_save_what_they_say(tmp_path):
+    options = (
+        "--density",
+        0.2,
+        "--criterion",
+        "snip",
+        "--data",
+        "digits",
+        "--images",
+        32,
+        "--exclude",
+        "fc.*",
+        "-a",
+        "zero_init_last=false",
+    )
+    output = invoke("sparsify", "test_resnet", *options, "-o", tmp_path / "thin", *TINY[:2]).output
+    size = (tmp_path / "thin" / "model.safetensors").stat().st_size
+    assert f"{size:,} bytes" in output
+    assert (zc.load(tmp_path / "thin").layer1[0].conv2.weight == 0).any()
+    invoke("sparsify", "test_resnet", "--pattern", "2:4", "-o", tmp_path / "thin", *TINY, code=2)  # not empty any more
+    bad = invoke("sparsify", "test_resnet", "--density", 2, "-o", tmp_path / "bad", *TINY, code=2)
+    assert "density: expected the fraction of weights to keep" in bad.output
+    unfit = invoke("sparsify", "test_resnet", *options, "-o", tmp_path / "bad", *TINY, code=2)
+    assert "data: expected batches of (images, class indices)" in unfit.output
+    invoke("cluster", "test_resnet", "--bits", 3, "-o", tmp_path / "few", *TINY)
+    assert len(zc.load(tmp_path / "few").fc.weight.unique()) <= 8

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from zoo_compress.errors import RecipeError
 from zoo_compress.methods.exits import ExitsConfig
+from zoo_compress.methods.gradual import GradualConfig
 from zoo_compress.methods.netaug import NetAugConfig
 from zoo_compress.methods.slim import SlimConfig
 from zoo_compress.plan import PruneRound, budget_of_round, make_plan, milestones, uncompressed
@@ -67,6 +68,19 @@ def test_lists_and_methods_in_stages(tmp_path):
     assert load(tmp_path, GOOD.replace("epochs: 2,", "epochs: 2, method: {netaug: },", 1)).stages[0].method == NetAugConfig()
 
 
+def test_weights_in_stages(tmp_path):
+    text = GOOD.replace(
+        "  - evaluate",
+        "  - sparsify: {density: 0.1, criterion: snip, exclude: [fc.weight]}\n  - cluster: {bits: {'*': 3}}\n  - evaluate",
+        1,
+    )
+    recipe = load(tmp_path, text.replace("epochs: 2,", "epochs: 2, method: {gradual: {density: 0.2}},", 1))
+    assert recipe.stages[0].method == GradualConfig(density=0.2)
+    sparse, clustered = (next(stage for stage in recipe.stages if stage.kind == kind) for kind in ("sparsify", "cluster"))
+    assert (sparse.criterion, sparse.exclude, clustered.bits) == ("snip", ("fc.weight",), {"*": 3})
+    assert load(tmp_path, to_yaml(recipe)) == recipe
+
+
 EXITS = "epochs: 2, method: {exits: {exits: [0.3, 0.6], weights: msdnet, budget: 0.5, confidence: margin}},"
 
 
@@ -108,6 +122,18 @@ def test_another_seed_has_a_folder_of_its_own(tmp_path):
 
 
 BAD = {
+    "density": ("  - evaluate", "  - sparsify: {density: 1.5}", "sparsify.density: expected less than 1, found 1.5"),
+    "no density": ("  - evaluate", "  - sparsify", "sparsify: density: expected the fraction of weights to keep"),
+    "density and pattern": ("  - evaluate", "  - sparsify: {density: 0.5, pattern: '2:4'}", "density: expected none beside pattern '2:4'"),
+    "pattern": ("  - evaluate", "  - sparsify: {density: 0.5, pattern: rows}", "pattern: expected kernel, channel or N:M"),
+    "criterion of weights": ("  - evaluate", "  - sparsify: {density: 0.5, criterion: l2}", "criterion: expected one of magnitude"),
+    "bits": (
+        "  - evaluate",
+        "  - cluster: {bits: 9}",
+        "cluster.bits: bits: expected 1 to 8, or a pattern of parameter names for each, found 9",
+    ),
+    "when to remove": ("epochs: 2,", "epochs: 2, method: {gradual: {density: 0.1, start: 0.8}},", "expected start below end"),
+    "binary settings": ("epochs: 2,", "epochs: 2, method: {binary: {bits: 1}},", "binary.bits: expected no such key"),
     "unknown method": ("epochs: 2,", "epochs: 2, method: {thin: {}},", "method: expected one of slim, us, netaug"),
     "methods in the wrong order": ("epochs: 2,", "epochs: 2, method: [{slim: {}}, {exits: {}}],", "method: expected slim last"),
     "no method": ("epochs: 2,", "epochs: 2, method: [],", "train.method: expected"),

@@ -112,6 +112,35 @@ measure: {{runs: 3}}
     assert record.step("04_reinitialize").metrics["before"] == record.step("04_reinitialize").metrics["after"]
 
 
+def test_sparse_and_clustered_stages_keep_what_they_made(tmp_path):
+    stages = """
+  - sparsify: {{density: 0.3, criterion: snip, calibration_batches: 1}}
+  - train: {{epochs: 1, lr: 3e-3, ema_decay: 0.9}}
+  - cluster: {{bits: {{"fc.*": 5, "*": 2}}}}
+  - finetune: {{epochs: 1, lr: 1e-3, weight_decay: 0.1, distill: {{}}}}
+  - save
+measure: {{runs: 3}}
+"""
+    record = run(write(tmp_path, text=START + stages), log=lambda line: None)
+    sizes = {row.label: row.file_bytes for row in record.table}
+    assert list(sizes) == [
+        "before sparsifying",
+        "after sparsifying",
+        "after training",
+        "after clustering",
+        "after fine-tuning",
+        "reloaded",
+    ]
+    assert 0.4 * sizes["before sparsifying"] > sizes["after sparsifying"] > 3 * sizes["after clustering"]
+    assert sizes["reloaded"] == (tmp_path / "out/model/model.safetensors").stat().st_size == sizes["after fine-tuning"]
+    first, last = (zc.load(tmp_path / "out/steps" / name) for name in ("01_sparsify", "04_finetune"))
+    assert last.pretrained_cfg["architecture"] == "test_resnet__clustered"
+    for (name, before), after in zip(first.named_parameters(), last.parameters(), strict=True):
+        if name.endswith("conv1.weight"):
+            assert torch.equal(before == 0, after == 0)
+            assert len(after.unique()) <= 5
+
+
 def test_result_loads_as_any_timm_model(whole):
     folder, record = whole
     model = timm.create_model(f"local-dir:{folder / 'out/model'}", pretrained=True)

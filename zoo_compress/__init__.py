@@ -4,6 +4,8 @@ Importing the package registers its names with timm: `timm.create_model("resnet1
 """
 
 from .errors import AnalysisError, CompressError, HubError, RecipeError, VariantError, VerificationError, WidthError
+from .methods.binary import quantize
+from .methods.cluster import cluster
 from .methods.exiting import add_exits
 from .methods.exits import ExitsConfig, ExitsTask
 from .methods.factorize import factorize, plan_factorize
@@ -45,6 +47,7 @@ __all__ = [
     "add_exits",
     "analyze",
     "calibrate",
+    "cluster",
     "factorize",
     "keep_packed",
     "list_variants",
@@ -56,6 +59,7 @@ __all__ = [
     "plot_exits",
     "prune",
     "push_to_hub",
+    "quantize",
     "reinitialize",
     "remove_blocks",
     "residual_blocks",

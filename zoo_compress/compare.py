@@ -25,6 +25,7 @@ class Line:
         params: Number of parameters, the mean over seeds: pruning by learned weights may choose others with each.
         macs: Multiply-accumulates of one image, likewise.
         top1: Top-1 accuracy on the test images of each seed, in percent.
+        file_bytes: Size of its weights' file, the mean over seeds; None where it has none of its own.
     """
 
     recipe: str
@@ -32,6 +33,7 @@ class Line:
     params: float
     macs: float
     top1: tuple[float, ...]
+    file_bytes: float | None = None
 
     @property
     def mean(self) -> float:
@@ -90,21 +92,28 @@ def lines(name: str, records: Sequence[Record]) -> list[Line]:
             statistics.mean(table[label].params for table in tables),
             statistics.mean(table[label].macs for table in tables),
             tuple(table[label].top1 for table in tables),
+            _mean([table[label].file_bytes for table in tables]),
         )
         for label in tables[0]
         if all(label in table for table in tables)
     ]
 
 
+def _mean(sizes: Sequence[int | None]) -> float | None:
+    known = [size for size in sizes if size is not None]
+    return statistics.mean(known) if known and len(known) == len(sizes) else None
+
+
 def format_lines(table: Sequence[Line]) -> str:
     """The table for people."""
     count = max((len(line.top1) for line in table), default=1)
-    head = ["", "", "parameters", "MACs", "top-1" if count == 1 else f"top-1 (mean ± standard deviation of {count} seeds)"]
+    head = ["", "", "parameters", "MACs", "file, bytes", "top-1" if count == 1 else f"top-1 (mean ± standard deviation of {count} seeds)"]
     body = []
     before = ""
     for line in table:
         spread = "" if line.spread is None else f" ± {line.spread:.2f}"
         recipe = line.recipe if line.recipe != before else ""
-        body.append([recipe, line.label, f"{line.params:,.0f}", f"{line.macs:,.0f}", f"{line.mean:.2f}{spread}"])
+        size = "–" if line.file_bytes is None else f"{line.file_bytes:,.0f}"
+        body.append([recipe, line.label, f"{line.params:,.0f}", f"{line.macs:,.0f}", size, f"{line.mean:.2f}{spread}"])
         before = line.recipe
     return aligned([head, *body], left=2)

@@ -24,29 +24,23 @@ or else the smallest architecture of each of timm's model files, which takes som
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import multiprocessing
 import re
 import statistics
 import tempfile
 import time
-import traceback
-import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from timm.models import _registry
+from rows import attempt, read, smallest_of_each_file, write
 from timm.task import ClassificationTask
 from torch import nn
 
 import zoo_compress as zc
-from zoo_compress.plugin.skip_init import skip_init
 from zoo_compress.surgery.leaving import max_softmax
 from zoo_compress.surgery.verify import randomise_
 
@@ -63,7 +57,14 @@ class Vacuous(Exception):
 
 
 def steps(name: str, size: int | None, wanted: int, weights: str) -> Iterator[tuple[str, str]]:
-    """Do what the columns say, one after the other, yielding (column, value)."""
+    """Do what the columns say, one after the other, yielding (column, value); or ("vacuous", why)."""
+    try:
+        yield from _steps(name, size, wanted, weights)
+    except Vacuous as error:
+        yield "vacuous", str(error)
+
+
+def _steps(name: str, size: int | None, wanted: int, weights: str) -> Iterator[tuple[str, str]]:
     torch.manual_seed(0)
     net: Any = _created(name, size, wanted)
     yield "exits", str(len(net.exits))
@@ -165,54 +166,14 @@ def _difference(net: Any, x: torch.Tensor, thresholds: list[float], every: list[
     return max(float((found - other).norm() / other.norm()) for other in (torch.cat(alone), whole))
 
 
-def _work(pipe: Connection, *args: Any) -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    try:
-        for column, value in steps(*args):
-            pipe.send((column, value))
-    except Vacuous as error:
-        pipe.send(("vacuous", str(error)))
-    except Exception as error:  # whatever a model raises is its result
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        text = " ".join(str(error).split())[:300]
-        pipe.send(("error", f"{type(error).__name__}: {text} ({Path(place.filename).name}:{place.lineno})"))
-    pipe.send(("end", ""))
-
-
-def attempt(name: str, size: int | None, wanted: int, weights: str, limit: float) -> dict[str, Any]:
-    """One way to try a model, in a process of its own."""
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(sender, name, size, wanted, weights), daemon=True)
-    start = time.perf_counter()
-    process.start()
-    sender.close()
-    row: dict[str, Any] = {**dict.fromkeys(FIELDS, ""), **dict.fromkeys(STEPS, "no")}
-    while True:
-        if not receiver.poll(max(0.0, limit - (time.perf_counter() - start))):
-            row["error"] = f"not done after {limit:.0f} s"
-            break
-        try:
-            column, value = receiver.recv()
-        except EOFError:
-            row["error"] = "the process died"
-            break
-        if column == "end":
-            break
-        row[column] = value
-    process.kill()
-    process.join()
-    return row
-
-
 def run(name: str, size: int, wanted: int, limit: float) -> dict[str, Any]:
     """One row: at a small size and at the model's own, with random weights and with those it starts with."""
     start = time.perf_counter()
     row: dict[str, Any] = {}
     for side in (size, None):
         for weights in ("random", "initial"):
-            row = attempt(name, side, wanted, weights, limit - (time.perf_counter() - start))
+            found = attempt(steps, (name, side, wanted, weights), limit - (time.perf_counter() - start))
+            row = {**dict.fromkeys(FIELDS, ""), **dict.fromkeys(STEPS, "no"), **found}
             if "vacuous" not in row:
                 break
             row["error"] = f"no comparison can tell: {row.pop('vacuous')}"
@@ -224,25 +185,6 @@ def run(name: str, size: int, wanted: int, limit: float) -> dict[str, Any]:
 def works(row: dict[str, Any]) -> bool:
     """Whether all of it does."""
     return all(row[step] == "yes" for step in STEPS)
-
-
-def smallest_of_each_file() -> dict[str, str]:
-    """Model file of timm → its architecture with the fewest parameters."""
-    names = defaultdict(list)
-    for name, module in _registry._model_to_module.items():
-        if "__" not in name and not name.startswith("test_"):
-            names[module].append(name)
-    return {module: min(sorted(names[module]), key=_num_params) for module in sorted(names)}
-
-
-def _num_params(name: str) -> float:
-    # Some architectures cannot be built without data, and the largest not with them: both are not the smallest of their file.
-    try:
-        with torch.device("meta"), skip_init(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return float(sum(p.numel() for p in timm.create_model(name).parameters()))
-    except Exception:
-        return float("inf")
 
 
 def report(rows: list[dict[str, Any]]) -> None:
@@ -277,10 +219,10 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="only print what is there")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = {row["name"]: row for row in csv.DictReader(args.csv.open())} if args.csv.exists() else {}
+    rows = {row["name"]: row for row in read(args.csv)}
     if not args.report:
         models = {name: name for name in args.names} or (
-            json.loads(args.families.read_text()) if args.families else smallest_of_each_file()
+            json.loads(args.families.read_text()) if args.families else smallest_of_each_file(args.csv.with_suffix(".models.csv"))
         )
         started = time.perf_counter()
         for family, name in models.items():
@@ -289,10 +231,7 @@ def main() -> None:
                 continue
             rows[name] = {**run(name, args.size, args.exits, args.limit), "family": family, "name": name}
             print(f"{family}, {name}: {'works' if works(rows[name]) else rows[name]['error'] or 'other logits'}", flush=True)
-            with args.csv.open("w", newline="") as out:
-                writer = csv.DictWriter(out, FIELDS)
-                writer.writeheader()
-                writer.writerows(rows.values())
+            write(args.csv, FIELDS, list(rows.values()))
         missing = sum(name not in rows for name in models.values())
         print(f"{missing} of {len(models)} models still missing\n" if missing else "")
     report(list(rows.values()))

@@ -4,7 +4,7 @@ Claim: `zc.factorize(model, macs=0.7)` gives on every model file of timm a model
 parameters computed, and is created again by name with the same outputs to the bit; layers that the model does not bear to be two are left,
 with a reason.
 
-The architecture with the fewest MACs of each of timm's model files (tests/test_models.py), or those of `--models`, with random weights:
+The smallest architecture (by parameters) of each of timm's model files, or those of `--models`, with random weights:
 
 - factorised: `zc.factorize` returned (it compares MACs and parameters with an analysis);
 - trained: it runs forward and backward on a batch of two, and all parameters that had gradients before have finite ones;
@@ -25,21 +25,15 @@ import argparse
 import collections
 import contextlib
 import copy
-import csv
-import multiprocessing
 import re
-import sys
 import tempfile
-import time
-import traceback
-import warnings
 from collections.abc import Iterator
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from rows import append, attempt, read, smallest_of_each_file
 from torch import nn
 
 import zoo_compress as zc
@@ -117,42 +111,6 @@ def _equal(again: nn.Module, small: nn.Module, image: torch.Tensor) -> str:
         return "yes" if torch.equal(flat(again.eval()(image)), flat(small.eval()(image))) else "no"
 
 
-def _work(pipe: Connection, name: str, method: str) -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    try:
-        for column, value in steps(name, method):
-            pipe.send((column, value))
-    except Exception as error:  # whatever happens on a model is its result
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        pipe.send(("error", f"{type(error).__name__}: {' '.join(str(error).split())[:240]} ({Path(place.filename).name}:{place.lineno})"))
-    pipe.send(("end", ""))
-
-
-def run(name: str, method: str, limit: float) -> dict[str, Any]:
-    """One row of the table, from a process of its own."""
-    receiver, sender = multiprocessing.get_context("fork").Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=_work, args=(sender, name, method), daemon=True)
-    start = time.perf_counter()
-    process.start()
-    sender.close()
-    row: dict[str, Any] = {"model": name, "method": method, **dict.fromkeys(CHECKS, "no"), "error": ""}
-    while receiver.poll(max(0.0, limit - (time.perf_counter() - start))):
-        try:
-            column, value = receiver.recv()
-        except EOFError:
-            row["error"] = "the process died"
-            break
-        if column == "end":
-            break
-        row[column] = value
-    else:
-        row["error"] = f"not done after {limit:.0f} s"
-    process.kill()
-    process.join()
-    return {**row, "seconds": f"{time.perf_counter() - start:.1f}"}
-
-
 def report(rows: list[dict[str, Any]]) -> None:
     """Print the summary: what holds how often, what stands in the way, and why layers are left."""
     for method in ("lowrank", "separable"):
@@ -173,7 +131,6 @@ def report(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    sys.path.insert(0, str(Path(__file__).parent.parent.parent))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--csv", type=Path, required=True)
     parser.add_argument("--models", nargs="+", help="architectures instead of one of each model file")
@@ -182,22 +139,15 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="only print what is there")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = list(csv.DictReader(args.csv.open())) if args.csv.exists() else []
+    rows = read(args.csv)
     if not args.report:
-        from tests.test_models import FAMILIES
-
         method = "separable" if args.separable else "lowrank"
-        for name in args.models or FAMILIES.split():
+        for name in args.models or smallest_of_each_file(args.csv.with_suffix(".models.csv")).values():
             if (name, method) in {(row["model"], row["method"]) for row in rows}:
                 continue
-            rows.append(run(name, method, args.limit))
-            new = not args.csv.exists()
-            with args.csv.open("a", newline="") as out:
-                writer = csv.DictWriter(out, FIELDS)
-                if new:
-                    writer.writeheader()
-                writer.writerow(rows[-1])
-            print(rows[-1]["model"], {check: rows[-1][check] for check in CHECKS}, rows[-1]["seconds"], rows[-1]["error"], flush=True)
+            rows.append({"model": name, "method": method, **dict.fromkeys(CHECKS, "no"), **attempt(steps, (name, method), args.limit)})
+            append(args.csv, FIELDS, rows[-1])
+            print(name, {check: rows[-1][check] for check in CHECKS}, rows[-1]["seconds"], rows[-1]["error"], flush=True)
     report(rows)
 
 

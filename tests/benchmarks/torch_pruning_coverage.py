@@ -35,58 +35,26 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
-import multiprocessing
 import statistics
 import tempfile
 import time
-import traceback
-import warnings
-from collections import defaultdict
-from collections.abc import Collection, Iterator
-from multiprocessing.connection import Connection
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import peer
 import timm
 import torch
-from timm.models import _registry
+from rows import append, attempt, read, smallest_of_each_file
 from torch import nn
 
 import zoo_compress as zc
-from zoo_compress.plugin.skip_init import skip_init
 from zoo_compress.surgery.verify import flat
 
 TOOLS = ("ours", "tp-script", "tp-adapted")
 CHECKS = ("graph", "pruned", "forward", "correct", "reloaded")
 FIELDS = ("file", "model", "tool", *CHECKS, "seconds", "params_kept", "error")
 ACROSS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.Softmax)
-
-
-def smallest_of_each_file(progress: Path, only: Collection[str] | None) -> dict[str, str]:
-    """Model file of timm → its architecture with the fewest parameters, counted on the meta device; `progress` keeps what is found."""
-    names = defaultdict(list)
-    for name, module in _registry._model_to_module.items():
-        if "__" not in name and not name.startswith("test_"):
-            names[module].append(name)
-    cached = dict(csv.reader(progress.open())) if progress.exists() else {}
-    for module in sorted(names):
-        if module not in cached and (not only or module in only):
-            cached[module] = min(sorted(names[module]), key=_num_params)
-            with progress.open("a", newline="") as file:
-                csv.writer(file).writerow((module, cached[module]))
-    return cached
-
-
-def _num_params(name: str) -> float:
-    # Some architectures cannot be built without data, and the largest not with them: both are not the smallest of their file.
-    try:
-        with torch.device("meta"), skip_init(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return float(sum(p.numel() for p in timm.create_model(name).parameters()))
-    except Exception:
-        return float("inf")
 
 
 def steps(name: str, tool: str) -> Iterator[tuple[str, str]]:
@@ -162,47 +130,6 @@ def _equal(again: nn.Module, small: nn.Module, image: torch.Tensor) -> str:
         return "yes" if torch.equal(flat(again.eval()(image)), flat(small.eval()(image))) else "no"
 
 
-def _work(pipe: Connection, name: str, tool: str) -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    try:
-        for column, value in steps(name, tool):
-            pipe.send((column, value))
-            if value == "no":
-                break
-    except Exception as error:  # whatever a tool raises on a model is its result
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        text = next(iter(str(error).splitlines()), "")
-        pipe.send(("error", f"{type(error).__name__}: {text[:160]} ({Path(place.filename).name}:{place.lineno})"))
-    pipe.send(("end", ""))
-
-
-def run(name: str, tool: str, limit: float) -> dict[str, Any]:
-    """One row of the table, from a process of its own."""
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(sender, name, tool), daemon=True)
-    start = time.perf_counter()
-    process.start()
-    sender.close()
-    row: dict[str, Any] = dict.fromkeys(CHECKS, "no")
-    while True:
-        if not receiver.poll(max(0.0, limit - (time.perf_counter() - start))):
-            row["error"] = f"not done after {limit:.0f} s"
-            break
-        try:
-            column, value = receiver.recv()
-        except EOFError:
-            row["error"] = "the process died"
-            break
-        if column == "end":
-            break
-        row[column] = value
-    process.kill()
-    process.join()
-    return {**row, "seconds": f"{time.perf_counter() - start:.1f}"}
-
-
 def report(rows: list[dict[str, Any]]) -> None:
     """Print the summary, and every model on which something failed."""
     print("| tool | models | " + " | ".join(CHECKS) + " | seconds (median ± half IQR) |\n" + "|---" * (len(CHECKS) + 3) + "|")
@@ -238,24 +165,18 @@ def main() -> None:
     torch.set_num_threads(1)
     if args.fresh:
         args.csv.unlink(missing_ok=True)
-    rows = list(csv.DictReader(args.csv.open())) if args.csv.exists() else []
+    rows = read(args.csv)
     if not args.report:
         started, done = time.perf_counter(), {(row["model"], row["tool"]) for row in rows}
         models = smallest_of_each_file(args.csv.with_suffix(".models.csv"), args.only)
-        models = {file: name for file, name in models.items() if not args.only or file in args.only}
         for file, name in models.items():
             for tool in TOOLS:
                 late = time.perf_counter() - started > 60 * args.minutes
                 if (name, tool) in done or late:
                     continue
-                row = {"file": file, "model": name, "tool": tool, "params_kept": "", "error": "", **run(name, tool, args.limit)}
-                rows.append(row)
-                new = not args.csv.exists()
-                with args.csv.open("a", newline="") as out:
-                    writer = csv.DictWriter(out, FIELDS)
-                    if new:
-                        writer.writeheader()
-                    writer.writerow(row)
+                found = attempt(steps, (name, tool), args.limit, stop="no")
+                rows.append({"file": file, "model": name, "tool": tool, **dict.fromkeys(CHECKS, "no"), **found})
+                append(args.csv, FIELDS, rows[-1])
         missing = sum((name, tool) not in {(row["model"], row["tool"]) for row in rows} for name in models.values() for tool in TOOLS)
         print(f"{missing} of {len(TOOLS) * len(models)} rows still missing\n" if missing else "")
     report(rows)

@@ -8,8 +8,8 @@ features_only=True)`. All arms end with a backbone of the same widths, and train
 
 - dense: the backbone before pruning, for comparison;
 - before: the pruned and fine-tuned classifier's backbone;
-- after: the dense backbone; half-way, the detector's backbone is pruned to the same widths by the L2 norm of its filters, with the pyramid's
-  columns that go with them;
+- after: the dense backbone; half-way, the detector's backbone is pruned to the same widths by the L2 norm of its filters, and with it the
+  pyramid's columns that read them;
 - scratch: the pruned structure with random weights.
 
 The metric is the mean over classes of average precision at an overlap of 0.5 (all points, as VOC 2010 on), in percent.

@@ -15,6 +15,9 @@ from zoo_compress.surgery.packing import as_integers
 
 CREATED = {
     "sparse": ("test_resnet__sparse", {"density": 0.1}),
+    "clustered": ("test_resnet__clustered", {"bits": 3}),
+    "binary": ("test_resnet__binary", {}),
+    "ternary": ("test_resnet__ternary", {"exclude": ["fc.weight"]}),
 }
 
 
@@ -58,11 +61,40 @@ def test_from_the_hub(sparse, hub):
 def test_a_sparse_file_holds_bits_and_values(sparse, folder):
     masks, state = masks_of(sparse), sparse.state_dict()
     rest = sum(value.nbytes for name, value in state.items() if name not in masks)
-    expected = rest + 4 * remaining(masks) + sum(-(-mask.numel() // 8) for mask in masks.values())
+    bits = sum(-(-mask.numel() // 8) for mask in masks.values())
     size = (folder / "model.safetensors").stat().st_size
     header = 150 * (len(state) + 2 * len(masks))
-    assert expected < size < expected + header
+    # A tenth of the weights: the entropy of their places is 0.47 bits each.
+    assert rest + 4 * remaining(masks) + 0.46 * bits < size < rest + 4 * remaining(masks) + 0.55 * bits + header
     assert size < 0.25 * sum(value.nbytes for value in state.values())
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_clustered_file_takes_its_bits(bits, tmp_path):
+    model = timm.create_model("test_resnet", num_classes=10)
+    zc.save(zc.cluster(model, bits=bits), tmp_path)
+    weights = masks_of(model)
+    rest = sum(value.nbytes for name, value in model.state_dict().items() if name not in weights)
+    promised = sum(-(-w.numel() * bits // 8) + 4 * min(w.numel(), 2**bits) for w in weights.values())
+    header = 150 * (len(model.state_dict()) + 3 * len(weights))
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert size < rest + promised + header
+    # Huffman's code takes less, but evenly spaced clusters of random weights are used about evenly.
+    assert size > rest + 0.6 * promised
+
+
+def test_pruned_sparse_and_clustered(tmp_path):
+    small = zc.cluster(zc.sparsify(zc.prune(timm.create_model("test_resnet", num_classes=10), macs=0.5), density=0.3), bits=3)
+    zc.save(small, tmp_path)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert same(again, small)
+    assert small.pretrained_cfg["architecture"] == "test_resnet__clustered"
+    assert small._model_args["variant"]["packed"]["fc.weight"] == {"mask": True, "bits": 3}
+    assert density(masks_of(again)) == pytest.approx(0.3, abs=1e-3)
+    wide = zc.load(tmp_path, num_classes=37)
+    assert len(wide.fc.weight.unique()) > 100, "a new head is free"
+    zc.save(wide, tmp_path / "wide")
+    assert same(zc.load(tmp_path / "wide"), wide)
 
 
 def test_by_timms_own_saving(sparse, tmp_path):
@@ -95,6 +127,22 @@ def test_of_a_pruned_network_and_pruned_afterwards(tmp_path):
     assert density(masks_of(again)) < 0.5
     filled = zc.prune(sparse, macs=0.7, reconstruct=[torch.randn(8, 3, 64, 64)])
     assert "packed" not in filled._model_args["variant"], "least squares gave values to all of them"
+
+
+@pytest.mark.parametrize("pruned", [False, True], ids=["whole", "pruned"])
+def test_of_a_factorised_network_and_factorised_afterwards(pruned, tmp_path):
+    net = timm.create_model("test_resnet", num_classes=10)
+    net = zc.prune(net, macs=0.7) if pruned else net
+    low = zc.sparsify(zc.factorize(net, macs=0.7), density=0.2)
+    after = zc.factorize(zc.sparsify(net, density=0.2), macs=0.7)
+    for i, model in enumerate((low, after)):
+        zc.save(model, tmp_path / str(i))
+        assert same(zc.load(tmp_path / str(i)), model)
+    assert density(masks_of(low)) == pytest.approx(0.2, abs=1e-3)
+    factors = after._model_args["variant"]["factors"]
+    kept = after._model_args["variant"]["packed"]
+    assert kept, "what is no factor is still sparse"
+    assert not any(name.removesuffix(".weight") in factors for name in kept)
 
 
 def test_with_exits(tmp_path):
@@ -135,6 +183,8 @@ class TestAsTimmUsersExpect:
     def test_pretrained_needs_weights(self):
         with pytest.raises(CompressError, match="resnet18__sparse: expected density="):
             timm.create_model("resnet18__sparse")
+        with pytest.raises(CompressError, match="test_resnet__clustered: expected bits="):
+            timm.create_model("test_resnet__clustered")
         with pytest.raises(CompressError, match=r"found macs="):
             timm.create_model("test_resnet__sparse", macs=0.5)
 
@@ -156,15 +206,24 @@ def damage(folder, change=None, record=None):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda s: s.update({"fc.weight.mask": s["fc.weight.mask"][:-1]}), r"tensor 'fc\.weight'\.mask: expected 120 bytes"),
+        (
+            lambda s: s.update({"fc.weight.mask_coded": s["fc.weight.mask_coded"][:-1]}),
+            r"tensor 'fc\.weight'\.mask_coded: expected 120 bytes",
+        ),
         (lambda s: s.update({"fc.weight.values": s["fc.weight.values"][:-1]}), r"tensor 'fc\.weight'\.values: expected the 96 that"),
-        (lambda s: s.pop("fc.weight.mask"), r"tensor 'fc\.weight'\.mask: expected a packed parameter's mask"),
-        (lambda s: [s.pop(f"fc.weight.{part}") for part in ("mask", "shape", "values")], r"tensor 'fc\.weight': expected .*found none"),
+        (lambda s: s.pop("fc.weight.mask_coded"), r"tensor 'fc\.weight'\.mask: expected a mask or a codebook, found only shape, values"),
+        (
+            lambda s: [s.pop(f"fc.weight.{part}") for part in ("mask_coded", "shape", "values")],
+            r"tensor 'fc\.weight': expected .*found none",
+        ),
         (lambda s: s.update({"fc.weight.shape": torch.tensor([96, 10])}), r"tensor 'fc\.weight\.?.*': expected the 10 classes"),
         (lambda s: s.update({"conv1.3.weight.shape": torch.tensor([9, 16, 16])}), r"tensor 'conv1\.3\.weight': expected \(16, 16, 3, 3\)"),
-        (lambda s: s.update({"conv1.3.weight.shape": torch.tensor([2**31 - 1] * 4)}), r"'conv1\.3\.weight'\.mask: expected \d+ bytes"),
+        (
+            lambda s: s.update({"conv1.3.weight.shape": torch.tensor([2**31 - 1] * 4)}),
+            r"'conv1\.3\.weight'\.shape: expected at most \d+ elements",
+        ),
         (lambda s: s.update({"bn1.weight.mask": torch.ones(1, dtype=torch.uint8)}), r"'bn1\.weight\.mask': expected none of that name"),
-        (lambda s: s.update({"fc.weight": torch.zeros(10, 96)}), r"'fc\.weight\.(mask|shape|values)': expected none of that name"),
+        (lambda s: s.update({"fc.weight": torch.zeros(10, 96)}), r"'fc\.weight\.(mask_coded|shape|values)': expected none of that name"),
     ],
 )
 def test_a_corrupted_packed_file(folder, change, said):

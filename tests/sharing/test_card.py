@@ -206,3 +206,16 @@ def test_rows_are_a_list():
 
 def test_config_of_the_card_is_json(written):
     assert json.loads(json.dumps(written[1].data.to_dict()["zoo_compress"]))["format"] == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "says"), [(zc.slim, "model.set_width"), (lambda m: zc.add_exits(m, 2), "model.infer"), (None, "ordinary")]
+)
+def test_a_card_says_what_the_model_can_do(tmp_path, make, says):
+    model = timm.create_model("test_resnet", num_classes=10)
+    model = make(model) if make else model
+    zc.save(model, tmp_path)
+    text = card.plain(model, tmp_path, "me/model")
+    card.draw(card.Subject(model, tmp_path, "me/model"), tmp_path)
+    assert says in text
+    assert ("features_only" in text) == (make is None)

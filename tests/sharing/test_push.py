@@ -104,6 +104,31 @@ class TestPublishing:
         again = timm.create_model(f"hf-hub:{REPO}", pretrained=True)
         assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
 
+    @pytest.mark.parametrize(
+        "method",
+        [
+            lambda m: zc.slim(m, (0.5, 1.0)),
+            lambda m: zc.add_exits(m, 2),
+            lambda m: zc.slim(zc.add_exits(m, 1), (0.5, 1.0)),
+            lambda m: zc.sparsify(zc.prune(m, keep=0.5), density=0.2),
+            lambda m: zc.cluster(zc.sparsify(m, density=0.2), bits=4),
+            lambda m: zc.prune(zc.factorize(m, macs=0.7), macs=0.8),
+            zc.separate,
+            lambda m: zc.remove_blocks(m, ["layer1.0"]),
+        ],
+        ids=["slim", "exits", "exits and widths", "sparse", "clustered", "low rank", "separable", "blocks"],
+    )
+    def test_every_kind_of_network(self, hub, method):
+        torch.manual_seed(0)
+        model = method(timm.create_model("test_resnet", num_classes=10)).eval()
+        zc.push_to_hub(model, "me/it")
+        again = timm.create_model("hf-hub:me/it", pretrained=True).eval()
+        assert type(again).__name__ == type(model).__name__
+        x = torch.randn(2, 3, 64, 64)
+        assert torch.equal(again(x), model(x))
+        assert {name: value.shape for name, value in again.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+        assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
     def test_in_a_fresh_process(self, hub, small):
         """Nothing that this process knows is needed: name, record and weights come from the server."""
         zc.push_to_hub(small, REPO, tag="v1")

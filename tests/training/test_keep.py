@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import zoo_compress as zc
+from zoo_compress.errors import CompressError
 from zoo_compress.structure.packed import Packing
 from zoo_compress.surgery.masks import density, mask_, masks_of
 from zoo_compress.surgery.packing import as_integers
@@ -137,3 +138,25 @@ def test_in_a_loop_of_ones_own(make_model, make_loaders):
     keeper.restore_(average)
     for model in (net, average):
         assert all(torch.equal(mask, masks_of(model)[name]) for name, mask in masks.items())
+
+
+def test_nothing_to_keep(make_model):
+    net = make_model()
+    with pytest.raises(CompressError, match="keep_packed: expected a model that sparsify, cluster or quantize made"):
+        zc.keep_packed(net, torch.optim.SGD(net.parameters()))
+
+
+def test_clusters_are_kept_by_the_loop(make_model, make_loaders):
+    net = zc.cluster(zc.sparsify(make_model(), density=0.5), bits=3, exclude=["fc.weight"])
+    before = {name: net.get_parameter(name).detach().clone() for name in masks_of(net)}
+    fit(net, *make_loaders(), TrainConfig(epochs=1, lr=3e-3, weight_decay=0.1, ema_decay=0.9))
+    for name, weight in before.items():
+        after = net.get_parameter(name)
+        if name == "fc.weight":
+            assert len(after.unique()) > 100
+            continue
+        for value in weight.unique():
+            members = as_integers(after)[weight == value].unique()
+            assert len(members) == 1
+            assert value != 0 or members[0] == 0
+        assert not torch.equal(after, weight)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from . import exits, factors, models, runs, zoo  # noqa: F401  (commands register themselves)
+from . import exits, factors, models, runs, weights, zoo  # noqa: F401  (commands register themselves)
 from .common import cli, load_model
 
 __all__ = ["cli", "load_model", "main"]

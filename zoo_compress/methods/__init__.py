@@ -2,7 +2,9 @@
 
 from typing import TypeAlias
 
+from .binary import BinaryConfig, TernaryConfig
 from .blocks import BlocksConfig
+from .cluster import ClusterConfig
 from .exits import ExitsConfig
 from .factorize import FactorizeConfig
 from .gradual import GradualConfig
@@ -14,8 +16,10 @@ from .slimming import SlimmingConfig
 from .sparse import SparsifyConfig
 from .us import UsConfig
 
-Trained: TypeAlias = SlimConfig | UsConfig | NetAugConfig | GradualConfig | ExitsConfig | SlimmingConfig | BlocksConfig
+Trained: TypeAlias = (
+    SlimConfig | UsConfig | NetAugConfig | GradualConfig | BinaryConfig | TernaryConfig | ExitsConfig | SlimmingConfig | BlocksConfig
+)
 """Methods that a training stage of a recipe may name. A method is one file and one entry here."""
 
-Changed: TypeAlias = FactorizeConfig | ReinitializeConfig | SeparateConfig | SparsifyConfig
+Changed: TypeAlias = ReinitializeConfig | SparsifyConfig | ClusterConfig | FactorizeConfig | SeparateConfig
 """Methods that are a stage of a recipe: they turn one model into another at once. A method is one file and one entry here."""

@@ -19,7 +19,7 @@ from ..errors import CompressError
 from ..structure.packed import Packing
 from ..surgery.masks import density as density_of
 from ..surgery.masks import keep_best, mask_, masks_in_force, pack_masks, unpack_masks
-from ..surgery.origin import stamp_packed
+from ..surgery.origin import packed_of, stamp_packed
 from ..surgery.weights import layer_weights
 from ..training.config import Count, Fraction
 from ..training.keep import Keeper
@@ -56,7 +56,14 @@ class GradualConfig(MethodConfig):
             raise ValueError(f"expected start below end ({self.end:g}), found {self.start:g}")
         return self
 
+    @property
+    def removes(self) -> bool:
+        return True
+
     def wrap(self, model: nn.Module) -> nn.Module:
+        shared = next((name for name, packing in packed_of(model).items() if packing.bits is not None), None)
+        if shared is not None:
+            raise CompressError(f"gradual: expected a model without shared weights, which would be lost, found some in {shared!r}")
         left = density_of(masks_in_force(model, layer_weights(model, self.exclude)))
         if self.density > left:
             raise CompressError(
@@ -100,10 +107,10 @@ class GradualTask(MethodTask):
         return self.keeper.masks
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        self.take_draw()
         return self.task(input, target)
 
     def start_epoch(self, epoch: int, epochs: int, optimizer: torch.optim.Optimizer, steps: int = 1) -> None:
+        super().start_epoch(epoch, epochs, optimizer, steps)
         self.steps = epochs * steps
         if not self._handles:
             self._handles = [weight.register_hook(self._see(name)) for name, weight in self.weights.items() if weight.requires_grad]
@@ -111,12 +118,14 @@ class GradualTask(MethodTask):
             self._handles.append(optimizer.register_step_post_hook(lambda *_: self._step()))
 
     def end(self) -> None:
+        super().end()
         self.keeper.remove()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
     def prepare_evaluation(self, net: Any, images: Iterable[object]) -> None:
+        super().prepare_evaluation(net, images)
         self.keeper.restore_(net)
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
@@ -142,21 +151,22 @@ class GradualTask(MethodTask):
         last = max(1, round(self.config.end * self.steps))
         return min(round(self.config.start * self.steps) + 1, last), last
 
-    @property
-    def _due(self) -> bool:
+    def _due(self, step: int) -> bool:
         first, last = self._bounds
-        return first <= self.draws <= last and ((self.draws - first) % self.config.every == 0 or self.draws == last)
+        return first <= step <= last and ((step - first) % self.config.every == 0 or step == last)
 
     def _see(self, name: str) -> Any:
         def see(gradient: Tensor) -> None:
-            if self.config.regrow and self.config.regrow_by == "gradient" and self._due:
-                self.gradients[name] = gradient.detach().clone()
+            if self.config.regrow and self.config.regrow_by == "gradient" and self._due(self.draws + 1):
+                earlier = self.gradients.get(name)
+                self.gradients[name] = gradient.detach().clone() if earlier is None else earlier + gradient
 
         return see
 
     @torch.no_grad()
     def _step(self) -> None:
-        if not self._due:
+        self.take_draw()
+        if not self._due(self.draws):
             return
         scores = {name: weight.detach().abs() for name, weight in self.weights.items()}
         wanted, scope = self.density(self.draws), self.config.scope

@@ -114,7 +114,10 @@ def choose_masks(model: nn.Module, wanted: Sparsity, data: Data | None = None, s
     left = density_of(masks)
     if wanted.density is not None and wanted.density >= left:
         raise CompressError(f"density: expected less than the {left:.4g} that is left of the model's weights, found {wanted.density!r}")
-    batches = list(data) if data is not None else None
+    try:
+        batches = list(data) if data is not None else None
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CompressError(f"data: expected batches of (images, class indices): {error}") from error
     subject, rounds = model, wanted.num_rounds
     for number in range(1, rounds + 1):
         scores = saliency(subject, weights, wanted.criterion, batches, seed)

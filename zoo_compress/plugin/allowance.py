@@ -22,6 +22,11 @@ _SIZED = frozenset({"empty", "zeros", "ones", "rand", "randn", "full", "empty_st
 _RANGES = frozenset({"arange", "linspace", "logspace"})
 
 
+def allowed(state: Mapping[str, Tensor]) -> int:
+    """Elements that a model with such a checkpoint may have."""
+    return FREE_ELEMENTS + ELEMENTS_PER_ELEMENT * sum(tensor.numel() for tensor in state.values())
+
+
 class allowance(TorchFunctionMode):
     """Within, tensors may be made as long as they are not out of all proportion to a checkpoint's; the one too many is not allocated.
 
@@ -35,7 +40,7 @@ class allowance(TorchFunctionMode):
 
     def __init__(self, state: Mapping[str, Tensor], where: str) -> None:
         super().__init__()
-        self._elements = FREE_ELEMENTS + ELEMENTS_PER_ELEMENT * sum(tensor.numel() for tensor in state.values())
+        self._elements = allowed(state)
         self._calls = FREE_CALLS + CALLS_PER_TENSOR * len(state)
         self._where = where
 

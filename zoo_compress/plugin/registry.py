@@ -12,7 +12,7 @@ from timm.models import PretrainedCfg, _registry, generate_default_cfgs, list_mo
 from torch import nn
 
 from ..zoo import index
-from . import exits, lowrank, netaug, pruned, separable, slim, sparse
+from . import binary, clustered, exits, lowrank, netaug, pruned, separable, slim, sparse, ternary
 from .remote import CONFIG
 
 KINDS: dict[str, ModuleType] = {
@@ -23,6 +23,9 @@ KINDS: dict[str, ModuleType] = {
     "lowrank": lowrank,
     "separable": separable,
     "sparse": sparse,
+    "clustered": clustered,
+    "binary": binary,
+    "ternary": ternary,
 }
 """Kind → module whose `create(base, **kwargs)` makes such a model of a timm architecture. A kind is one line here."""
 

@@ -25,7 +25,7 @@ from ..surgery.restore import check, present, restore_
 from ..surgery.rows import Boundary
 from ..zoo import index
 from . import weights
-from .allowance import allowance
+from .allowance import allowance, allowed
 from .builder import Built, build
 from .skip_init import skip_init
 
@@ -137,7 +137,7 @@ class Request:
         if self.pretrained:
             state, where = weights.read(self.cfg, self.cache_dir)
             limit = allowance(state, where)
-            state = unpack_state(state, variant.packed, where)
+            state = unpack_state(state, variant.packed, where, allowed(state))
             if variant.bank is not None:
                 private = {name: state.pop(name) for name in list(state) if name.startswith(PRIVATE)}
             self._check_classes(state, where)

@@ -20,6 +20,7 @@ from ..plugin.hub import load
 from ..plugin.weights import WEIGHTS, digest
 from ..record import RECORD_NAME, Record, Row, read_record
 from ..structure.variant import Variant
+from ..surgery.elastic import Elastic
 from ..surgery.trace import analyze
 from ..training.checkpoint import write_atomic
 from . import picture
@@ -142,6 +143,7 @@ def render(subject: Subject, picture_name: str | None = None) -> str:
         what=about["what"],
         picture=picture_name,
         name=subject.name,
+        usage=_usage(subject.model),
         results=_results(subject, about),
         rows=[_cells(row, record.table[0], about) for row in (*record.table, *record.baselines)] if record else [],
         measured=_measured(record) if record else "",
@@ -282,7 +284,7 @@ def _eval_results(record: Record, about: Mapping[str, Any]) -> list[EvalResult]:
 def _results(subject: Subject, about: Mapping[str, Any]) -> str:
     record = subject.record
     if record is None:
-        layout = analyze(subject.model)
+        layout = subject.model.layout if isinstance(subject.model, Elastic) else analyze(subject.model)
         return (
             f"{layout.num_params():,} parameters, {layout.macs():,} MACs an image, {about['size']:,} bytes of weights. Nothing else is "
             "known: this card was written without the record of a run."
@@ -308,6 +310,16 @@ def _cells(row: Row, first: Row, about: Mapping[str, Any]) -> list[str]:
         f"{row.top1:.2f}%",
         f"{row.latency_ms:.2f} ± {row.latency_iqr_ms / 2:.2f}",
     ]
+
+
+def _usage(model: nn.Module) -> str:
+    stored = getattr(model, "_model_args", {}).get("variant")
+    variant = Variant.from_dict(stored) if stored else None
+    if variant is not None and variant.bank is not None:
+        return "`model.set_width(0.5)` chooses a width, `model.export(0.5)` gives an ordinary timm model of it."
+    if variant is not None and variant.exits is not None and not variant.exits.truncated:
+        return "`model.infer(images, exit=0)` stops at an exit, `model.infer(images, threshold=0.9)` where a sample is sure enough."
+    return "The model is an ordinary timm model: `features_only=True`, `num_classes=` and `in_chans=` work."
 
 
 def _measured(record: Record) -> str:

@@ -173,10 +173,9 @@ def unpack_masks(state: Mapping[str, Tensor], where: str) -> Masks:
     one = torch.ones(1)
     out = {}
     for name in names:
-        mask = state[f"{name}.mask"]
-        kept = int(np.unpackbits(mask.numpy()).sum()) if mask.dtype == torch.uint8 else 0
-        parts = {"mask": mask, "values": one.expand(kept)} | ({"shape": state[f"{name}.shape"]} if f"{name}.shape" in state else {})
-        out[name] = unpack(parts, Packing(mask=True), f"{where}: mask of {name!r}") != 0
+        parts = {part: state[f"{name}.{part}"] for part in ("mask", "shape") if f"{name}.{part}" in state}
+        kept = int(np.unpackbits(parts["mask"].numpy()).sum()) if parts["mask"].dtype == torch.uint8 else 0
+        out[name] = unpack({**parts, "values": one.expand(kept)}, Packing(mask=True), f"{where}: mask of {name!r}") != 0
     return out
 
 

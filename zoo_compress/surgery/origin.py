@@ -65,6 +65,8 @@ def stamp(model: nn.Module, variant: Variant) -> None:
     model.pretrained_cfg = model.default_cfg = cfg  # type: ignore[assignment]
     args = getattr(model, "_model_args", {})
     kept = {name: value for name, value in args.items() if name not in variant.base_args and name not in OPTIONS}
+    there = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    variant = variant.model_copy(update={"packed": {name: packing for name, packing in variant.packed.items() if name in there}})
     model._model_args = {**kept, "variant": variant.to_dict()}  # type: ignore[assignment]
 
 

@@ -1,13 +1,15 @@
 """Weights as they lie in a file: a mask of one bit an element, and the values kept, or a codebook with indices of few bits into it.
 
 A parameter `layer.weight` is stored as tensors `layer.weight.shape`, `.mask`, `.values`, `.codebook`, `.indices`, of which it has what it
-needs. No parameter of a module can have such a name: `layer` would need a submodule `weight` beside its parameter of that name, which
-torch refuses. Equal means equal to the bit: -0.0 is a value like any other, only +0.0 is no weight.
+needs. Mask and indices are Huffman-coded (`.mask_coded`, `.indices_coded`; Han et al. 2016, section 4) where that is smaller. No
+parameter of a module can have such a name: `layer` would need a submodule `weight` beside its parameter of that name, which torch
+refuses. Equal means equal to the bit: -0.0 is a value like any other, only +0.0 is no weight.
 """
 
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -18,9 +20,12 @@ from ..errors import VariantError
 from ..structure.packed import MAX_BITS, Packing
 from ..structure.stored import MAX_SIZE
 
-PARTS = ("shape", "mask", "values", "codebook", "indices")
+PARTS = ("shape", "mask", "mask_coded", "values", "codebook", "indices", "indices_coded")
 NAME_BYTES = 96
 """About what one more tensor takes in the header of a file."""
+
+WORTH = 0.97
+"""A code is taken if it is smaller than this part of what it stands for."""
 
 _WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 2**20
@@ -68,7 +73,7 @@ def pack(tensor: Tensor, packing: Packing) -> dict[str, Tensor] | None:
     whole = as_integers(tensor).flatten().numpy()
     kept = whole != 0
     shape = {"shape": torch.tensor(tensor.shape, dtype=torch.int64)}
-    mask = {"mask": torch.from_numpy(pack_bits(kept))}
+    mask = _smaller("mask", pack_bits(kept), pack_bits(kept))
     ways = [{**mask, "values": tensor.flatten()[torch.from_numpy(kept)]}]
     if packing.bits is not None:
         ways += [_coded(whole, tensor.dtype), {**mask, **_coded(whole[kept], tensor.dtype)}]
@@ -77,65 +82,107 @@ def pack(tensor: Tensor, packing: Packing) -> dict[str, Tensor] | None:
     return best if best is not None and _bytes(best) < tensor.nbytes + NAME_BYTES else None
 
 
-def unpack(parts: Mapping[str, Tensor], packing: Packing, where: str) -> Tensor:
-    """The parameter that `pack` took apart, equal to the bit. Nothing is allocated before everything is known to fit.
+def unpack(parts: Mapping[str, Tensor], packing: Packing, where: str, most: int = MAX_SIZE) -> Tensor:
+    """The parameter that `pack` took apart, equal to the bit. Nothing of its size is allocated before its parts are known to fit.
 
     Args:
         parts: Name of a part → tensor, from anywhere.
         packing: What the record says of it.
         where: File and parameter, for messages.
+        most: Elements it may have.
 
     Raises:
         VariantError: Naming the part, what was expected and what was found.
     """
-
-    def wrong(part: str, expected: str, found: object) -> VariantError:
-        return VariantError(f"{where}.{part}: expected {expected}, found {found}")
-
-    def part(name: str, kind: str) -> Tensor:
-        if name not in parts:
-            raise wrong(name, f"a packed parameter's {name}", f"only {', '.join(parts) or 'nothing'}")
-        tensor = parts[name]
-        fits = {"bytes": tensor.dtype == torch.uint8, "floats": tensor.is_floating_point(), "sizes": tensor.dtype == torch.int64}[kind]
-        if not fits or tensor.ndim != 1:
-            raise wrong(name, f"one dimension of {kind}", f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}")
-        return tensor
-
-    shape = part("shape", "sizes").tolist()
+    found = _Parts(parts, where)
+    shape = found.sizes(most)
     count = math.prod(shape)
-    if len(shape) > 16 or not all(1 <= size <= MAX_SIZE for size in shape):
-        raise wrong("shape", f"at most 16 sizes of 1 to {MAX_SIZE}", str(shape)[:80])
     kept, left = None, count
-    if "mask" in parts:
-        mask = part("mask", "bytes")
-        if len(mask) != -(-count // 8):
-            raise wrong("mask", f"{-(-count // 8)} bytes for {count} elements", len(mask))
-        kept = unpack_bits(mask.numpy(), count)
+    if found.has("mask"):
+        packed = found.coded("mask", -(-count // 8), f"bytes for {count} elements")
+        kept = unpack_bits(packed, count)
         left = int(kept.sum())
-        if left != int(np.unpackbits(mask.numpy()).sum()):
-            raise wrong("mask", "bits after the last element that are 0", "others")
-    if "codebook" not in parts:
-        part("mask", "bytes")  # values alone would be the parameter itself
-        values = part("values", "floats")
+        if left != int(np.unpackbits(packed).sum()):
+            raise found.wrong("mask", "bits after the last element that are 0", "others")
+    if not found.has("codebook"):
+        if kept is None:
+            raise found.wrong("mask", "a mask or a codebook", f"only {', '.join(parts)}")
+        values = found.part("values", "floats")
         if len(values) != left:
-            raise wrong("values", f"the {left} that its mask keeps", len(values))
+            raise found.wrong("values", f"the {left} that its mask keeps", len(values))
     else:
-        codebook = part("codebook", "floats")
-        most = min(2**MAX_BITS, 2 ** (packing.bits or 0) + ("mask" not in parts))
-        if packing.bits is None or not 1 <= len(codebook) <= most:
-            raise wrong("codebook", f"at most {most} values, as its record says" if packing.bits else "none in its record", len(codebook))
-        packed, bits = part("indices", "bytes"), _bits(len(codebook))
-        if len(packed) != -(-left * bits // 8):
-            raise wrong("indices", f"{-(-left * bits // 8)} bytes for {left} elements of {bits} bits", len(packed))
-        indices = _unpack_indices(packed.numpy(), left, bits)
-        if left and int(indices.max()) >= len(codebook):
-            raise wrong("indices", f"all below {len(codebook)}, the size of the codebook", int(indices.max()))
-        values = codebook[torch.from_numpy(indices.astype(np.int64))]
+        values = _looked_up(found, packing, left, masked=kept is not None)
     if kept is None:
         return values.reshape(shape)
     tensor = torch.zeros(count, dtype=values.dtype)
     tensor[torch.from_numpy(kept)] = values
     return tensor.reshape(shape)
+
+
+def _looked_up(found: _Parts, packing: Packing, count: int, *, masked: bool) -> Tensor:
+    """The values of so many elements by their indices into a codebook."""
+    codebook = found.part("codebook", "floats")
+    most = min(2**MAX_BITS, 2 ** (packing.bits or 0) + (not masked))
+    if packing.bits is None or not 1 <= len(codebook) <= most:
+        raise found.wrong("codebook", f"at most {most} values, as its record says" if packing.bits else "none in its record", len(codebook))
+    bits = _bits(len(codebook))
+    if "indices_coded" in found.parts:
+        indices = found.coded("indices", count, f"indices of {count} elements")
+    else:
+        packed = found.coded("indices", -(-count * bits // 8), f"bytes for {count} elements of {bits} bits")
+        indices = _unpack_indices(packed, count, bits)
+    if count and int(indices.max()) >= len(codebook):
+        raise found.wrong("indices", f"all below {len(codebook)}, the size of the codebook", int(indices.max()))
+    return codebook[torch.from_numpy(indices.astype(np.int64))]
+
+
+class _Parts:
+    """The parts of one parameter, from anywhere."""
+
+    def __init__(self, parts: Mapping[str, Tensor], where: str) -> None:
+        self.parts, self.where = parts, where
+
+    def wrong(self, part: str, expected: str, found: object) -> VariantError:
+        return VariantError(f"{self.where}.{part}: expected {expected}, found {found}")
+
+    def has(self, part: str) -> bool:
+        return part in self.parts or f"{part}_coded" in self.parts
+
+    def part(self, name: str, kind: str) -> Tensor:
+        if name not in self.parts:
+            raise self.wrong(name, f"a packed parameter's {name}", f"only {', '.join(self.parts) or 'nothing'}")
+        tensor = self.parts[name]
+        fits = {"bytes": tensor.dtype == torch.uint8, "floats": tensor.is_floating_point(), "sizes": tensor.dtype == torch.int64}[kind]
+        if not fits or tensor.ndim != 1:
+            raise self.wrong(name, f"one dimension of {kind}", f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}")
+        return tensor
+
+    def sizes(self, most: int) -> list[int]:
+        shape = self.part("shape", "sizes").tolist()
+        if len(shape) > 16 or not all(1 <= size <= MAX_SIZE for size in shape):
+            raise self.wrong("shape", f"at most 16 sizes of 1 to {MAX_SIZE}", str(shape)[:80])
+        if math.prod(shape) > most:
+            raise self.wrong("shape", f"at most {most} elements, in proportion to its file", math.prod(shape))
+        return shape
+
+    def coded(self, name: str, size: int, what: str) -> np.ndarray:
+        """So many bytes, Huffman-coded or as they are."""
+        if name in self.parts and f"{name}_coded" in self.parts:
+            raise self.wrong(name, f"one of {name} and {name}_coded", "both")
+        if f"{name}_coded" not in self.parts:
+            found = self.part(name, "bytes").numpy()
+            if len(found) != size:
+                raise self.wrong(name, f"{size} {what}", len(found))
+            return found
+        name = f"{name}_coded"
+        stream = zlib.decompressobj(-zlib.MAX_WBITS)
+        try:
+            data = stream.decompress(self.part(name, "bytes").numpy().tobytes(), max(1, size))
+        except zlib.error as error:
+            raise self.wrong(name, f"{size} {what}, Huffman-coded", f"a damaged stream: {error}") from error
+        if len(data) != size or not stream.eof or stream.unused_data:
+            raise self.wrong(name, f"{size} {what}, Huffman-coded", "more or fewer")
+        return np.frombuffer(data, dtype=np.uint8)
 
 
 def pack_state(state: Mapping[str, Tensor], packed: Mapping[str, Packing]) -> dict[str, Tensor]:
@@ -147,8 +194,14 @@ def pack_state(state: Mapping[str, Tensor], packed: Mapping[str, Packing]) -> di
     return out
 
 
-def unpack_state(state: Mapping[str, Tensor], packed: Mapping[str, Packing], where: str) -> dict[str, Tensor]:
+def unpack_state(state: Mapping[str, Tensor], packed: Mapping[str, Packing], where: str, most: int = MAX_SIZE) -> dict[str, Tensor]:
     """The state that `pack_state` got.
+
+    Args:
+        state: From anywhere.
+        packed: What the record says of parameters.
+        where: The file, for messages.
+        most: Elements that all of them together may have.
 
     Raises:
         VariantError: What is packed does not fit the record or is damaged.
@@ -157,7 +210,8 @@ def unpack_state(state: Mapping[str, Tensor], packed: Mapping[str, Packing], whe
     for name, packing in packed.items():
         parts = {part: out.pop(f"{name}.{part}") for part in PARTS if name not in state and f"{name}.{part}" in out}
         if parts:
-            out[name] = unpack(parts, packing, f"{where}: tensor {name!r}")
+            out[name] = unpack(parts, packing, f"{where}: tensor {name!r}", most)
+            most -= out[name].numel()
     return out
 
 
@@ -180,8 +234,17 @@ def _coded(whole: np.ndarray, dtype: torch.dtype) -> dict[str, Tensor]:
     if found is None or not len(whole):
         return {}
     values, indices = found
-    packed = _pack_indices(indices.astype(np.uint8), _bits(len(values)))
-    return {"codebook": torch.from_numpy(values).view(dtype), "indices": torch.from_numpy(packed)}
+    single = indices.astype(np.uint8)
+    return {"codebook": torch.from_numpy(values).view(dtype), **_smaller("indices", _pack_indices(single, _bits(len(values))), single)}
+
+
+def _smaller(name: str, raw: np.ndarray, symbols: np.ndarray) -> dict[str, Tensor]:
+    """Bytes as they are, or the symbols they stand for as a Huffman code, if that saves something worth the name."""
+    stream = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_HUFFMAN_ONLY)
+    coded = stream.compress(np.ascontiguousarray(symbols).tobytes()) + stream.flush()
+    if len(coded) < WORTH * len(raw):
+        return {f"{name}_coded": torch.from_numpy(np.frombuffer(coded, dtype=np.uint8).copy())}
+    return {name: torch.from_numpy(raw)}
 
 
 def _pack_indices(indices: np.ndarray, bits: int) -> np.ndarray:

@@ -227,11 +227,15 @@ def _resize_proof(model: nn.Module, layout: Layout, widths: Mapping[str, np.ndar
     counted, computed = sum(p.numel() for p in shrunk.parameters()), layout.num_params(widths)
     if counted != computed:
         raise VerificationError(f"resize proof: the layout computes {computed:,} parameters, the shrunk model has {counted:,}")
+    if image.dtype == torch.float64:  # activations that wait for gradients are most of what large models need: one sample, single precision
+        shrunk, image = shrunk.float(), image.float()
     shrunk.requires_grad_(True)
     try:
         with every_output(shrunk):
-            output = shrunk(image)
+            output = shrunk(image[:1])
         flat(output).float().sum().backward()
+        shrunk.requires_grad_(False)
+        shrunk.zero_grad()
     except MODEL_ERRORS as error:
         raise VerificationError(f"resize proof: the shrunk model does not run: {error}") from error
     return check_runs(shrunk, layout, widths, image)

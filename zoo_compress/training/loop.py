@@ -124,7 +124,7 @@ def fit(
 ) -> list[Epoch]:
     """Train a model in place. The last epoch's weights stay (their average with `ema_decay`): nothing is chosen by its test score.
 
-    Zeros and shared values of a model whose record says that it has them are kept (see `keep`), unless a method trains it in its own way.
+    Zeros and shared values of a model whose record says that it has them are kept (see `keep`).
 
     Args:
         model: the model, on any device; moved to `processes.device`.
@@ -167,7 +167,7 @@ def fit(
     if config.ema_decay is not None:
         task.setup_ema(decay=config.ema_decay, use_warmup=True)
     # Before anything is loaded: what is kept does not depend on where a run was stopped or starts from.
-    keeper = Keeper(model, None if method is None else {}).attach(optimizer)
+    keeper = Keeper(model, {} if method is not None and method.removes else None).attach(optimizer)
     marks = Marks(start, snapshot)
     marks.check(config.epochs * len(train))
     if start is not None:
@@ -190,6 +190,7 @@ def fit(
         if isinstance(task, MethodTask):
             reseed(phase.seed, phase.index, epoch)  # all processes look at the same images
             task.prepare_evaluation(_result(task), calibration)
+        keeper.restore_(model)
         if task.has_ema():
             keeper.restore_(_result(task))
         metrics = evaluate(_result(task), test, processes, f"{label} test" if log else None)

@@ -39,6 +39,11 @@ class MethodConfig(Config):
         """Whether `finish` needs images that were not trained on."""
         return False
 
+    @property
+    def removes(self) -> bool:
+        """Whether the method itself says which weights are removed; training keeps those of other models as they are."""
+        return False
+
     def wrap(self, model: nn.Module) -> nn.Module:
         """The network to train."""
         raise NotImplementedError
@@ -72,6 +77,10 @@ class Nested(MethodConfig):
     @property
     def needs_held_out(self) -> bool:
         return any(method.needs_held_out for method in self.methods)
+
+    @property
+    def removes(self) -> bool:
+        return any(method.removes for method in self.methods)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         for method in self.methods:
