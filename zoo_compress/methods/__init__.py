@@ -14,10 +14,20 @@ from .separate import SeparateConfig
 from .slim import SlimConfig
 from .slimming import SlimmingConfig
 from .sparse import SparsifyConfig
+from .supermask import SupermaskConfig
 from .us import UsConfig
 
 Trained: TypeAlias = (
-    SlimConfig | UsConfig | NetAugConfig | GradualConfig | BinaryConfig | TernaryConfig | ExitsConfig | SlimmingConfig | BlocksConfig
+    SlimConfig
+    | UsConfig
+    | NetAugConfig
+    | ExitsConfig
+    | GradualConfig
+    | SupermaskConfig
+    | BinaryConfig
+    | TernaryConfig
+    | SlimmingConfig
+    | BlocksConfig
 )
 """Methods that a training stage of a recipe may name. A method is one file and one entry here."""
 

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from ..errors import CompressError
 from ..structure.packed import Packing
 from ..surgery.origin import refuse_packed, stamp_packed
-from ..surgery.weights import ends, layer_weights
+from ..surgery.weights import ends, layer_weights, plain_weights_
 from ..training.task import MethodConfig, MethodTask
 
 THRESHOLD = 0.7
@@ -96,18 +96,9 @@ def _wrap(model: nn.Module, kind: str, exclude: Iterable[str] | None) -> nn.Modu
     return model
 
 
-@torch.no_grad()
 def _settle(net: nn.Module, kind: str) -> nn.Module:
     """Make the few values the weights, in place: nothing stays wrapped."""
-    packed = {}
-    for path, module in list(net.named_modules()):
-        if not parametrize.is_parametrized(module, "weight"):
-            continue
-        parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
-        # It was the first of its layer's parameters, and came back as the last.
-        module._parameters = {"weight": module._parameters.pop("weight"), **module._parameters}
-        packed[f"{path}.weight" if path else "weight"] = KINDS[kind][1]
-    stamp_packed(net, kind, packed)
+    stamp_packed(net, kind, dict.fromkeys(plain_weights_(net), KINDS[kind][1]))
     return net
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from ..errors import CompressError
 
@@ -53,6 +55,23 @@ def ends(model: nn.Module) -> list[str]:
     """
     names = list(layer_weights(model))
     return [*(_of_layers(model, "first_conv") or names[:1]), *(classifiers(model) or names[-1:])]
+
+
+@torch.no_grad()
+def plain_weights_(net: nn.Module) -> list[str]:
+    """Make what torch's parametrizations compute of weights the weights, in place: nothing stays wrapped.
+
+    Returns:
+        Names of the weights, in the model's order.
+    """
+    names = []
+    for path, module in list(net.named_modules()):
+        if parametrize.is_parametrized(module, "weight"):
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+            # It was the first of its layer's parameters, and came back as the last.
+            module._parameters = {"weight": module._parameters.pop("weight"), **module._parameters}
+            names.append(f"{path}.weight" if path else "weight")
+    return names
 
 
 def _of_layers(model: nn.Module, key: str) -> list[str]:

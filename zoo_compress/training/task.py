@@ -170,6 +170,15 @@ class MethodTask(TrainingTask):
         self.task = task
         self.draws = 0
 
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Loss and logits, those of the task unless a method says otherwise.
+
+        Args:
+            input: Images (batch, channels, height, width).
+            target: Class indices (batch,), or whatever the task takes.
+        """
+        return self.task(input, target)
+
     @property
     def net(self) -> Any:
         """The network, without what wraps it for distribution."""
