@@ -188,7 +188,7 @@ def test_every_width_a_universal_network_runs_at():
         ({"widths": (0.5, 0.5)}, "different widths"),
         ({"widths": (0.5, 0.501, 1.0)}, "0.5 and 0.501 come to the same sizes"),
         ({"round_to": 0}, "round_to is a positive integer"),
-        ({"keep": 0.5}, "expected widths=, universal=, round_to=, found keep="),
+        ({"keep": 0.5}, "expected widths=, universal=, round_to=, exits=, found keep="),
         ({"features_only": True}, "export a width"),
     ],
 )

@@ -1,14 +1,18 @@
 """Other formats and other people's code: outputs are the model's own."""
 
 import numpy as np
+import onnx
 import pytest
 import timm
 import torch
+from click.testing import CliRunner
 
 import zoo_compress as zc
+from zoo_compress.cli import cli
 from zoo_compress.errors import CompressError
 from zoo_compress.plugin import save
 from zoo_compress.sharing import export
+from zoo_compress.sharing.int8 import export_int8
 from zoo_compress.training.config import DataConfig
 
 HALF = "test_resnet__pruned.digits_half"
@@ -125,3 +129,32 @@ def test_as_an_encoder_of_somebody_elses_network(kind, tmp_path):
     dense = timm.create_model(base, features_only=True, in_chans=channels).feature_info.channels()
     assert all(now <= before for now, before in zip(unet.encoder.model.feature_info.channels(), dense, strict=True))
     assert sum(unet.encoder.model.feature_info.channels()) < sum(dense)
+
+
+def test_int8_keeps_accuracy_and_is_an_ordinary_file(model, tmp_path):
+    import onnxruntime
+
+    data = DataConfig(source="digits")
+    whole, small = export_int8(model, tmp_path / "small.onnx", data)
+    assert [path.name for path in tmp_path.iterdir()] == ["small.onnx"]
+    assert small.size == (tmp_path / "small.onnx").stat().st_size < 0.5 * whole.size
+    record = next(v for v in zc.list_variants(HALF))
+    assert whole.top1 == pytest.approx(record.top1, abs=1e-3), "the float file's accuracy is the card's"
+    assert small.top1 > whole.top1 - 2
+    session = onnxruntime.InferenceSession(str(tmp_path / "small.onnx"), providers=["CPUExecutionProvider"])
+    images = export.comparison_images(model, data)
+    found = session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
+    with torch.no_grad():
+        expected = model(images).numpy()
+    assert 0 < np.abs(found - expected).max() / np.abs(expected).max() < 0.2
+    weights = [i for i in onnx.load(tmp_path / "small.onnx").graph.initializer if i.data_type == onnx.TensorProto.INT8]
+    assert sum(np.prod(i.dims) for i in weights) > 0.9 * sum(p.numel() for p in model.parameters() if p.ndim > 1)
+
+
+def test_int8_needs_images(tmp_path):
+    small = zc.prune(timm.create_model("test_resnet", num_classes=10), keep=0.5)
+    save(small, tmp_path / "m")
+    result = CliRunner().invoke(cli, ["export", str(tmp_path / "m"), "--int8", str(tmp_path / "x.onnx")])
+    assert result.exit_code != 0
+    assert "export: expected --data beside --int8" in result.output
+    assert not (tmp_path / "x.onnx").exists()

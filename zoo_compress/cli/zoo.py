@@ -152,22 +152,36 @@ def ship(directory: Path, name: str, recipe: str, cards: Path, file: Path | None
     + examples(
         "zoo-compress export test_byobnet__pruned.fmnist_half --onnx model.onnx",
         "zoo-compress export runs/quickstart/model --onnx model.onnx --program model.pt2 --data digits",
+        "zoo-compress export runs/quickstart/model --int8 model.onnx --data digits",
     )
 )
 @click.argument("name")
 @click.option("--onnx", type=click.Path(path_type=Path, dir_okay=False), help="Write ONNX to this file and compare it in onnxruntime.")
 @click.option("--program", type=click.Path(path_type=Path, dir_okay=False), help="Write torch.export's program to this file.")
+@click.option("--int8", type=click.Path(path_type=Path, dir_okay=False), help="Write ONNX in eight bits to this file; needs data.")
 @click.option("--data", "source", help="Images to compare on; those of the card unless given, noise if there is none.")
 @click.option("--data-root", help="Folder of the data set.")
-def export(name: str, onnx: Path | None, program: Path | None, source: str | None, data_root: str | None) -> None:
-    """Export a model to ONNX or as a torch.export program, any batch size, outputs compared with the model's own to 1e-4."""
+def export(name: str, onnx: Path | None, program: Path | None, int8: Path | None, source: str | None, data_root: str | None) -> None:
+    """Export a model to ONNX or as a torch.export program, any batch size, outputs compared with the model's own to 1e-4.
+
+    With --int8, weights and activations have eight bits, and accuracy and time of both files are printed: those are not the same.
+    """
     from ..sharing import export as exporting
 
-    if onnx is None and program is None:
-        raise CompressError("export: expected --onnx FILE, --program FILE or both, found neither")
+    if onnx is None and program is None and int8 is None:
+        raise CompressError("export: expected --onnx FILE, --program FILE or --int8 FILE, found none")
     model, data = exporting.open_for_export(name, source, data_root)
     for kind, path, write in (("ONNX", onnx, exporting.export_onnx), ("program", program, exporting.export_program)):
         if path is not None:
             done = write(model, path, data)
             images = f"{done.images} {f'images of {data.source}' if data else 'images of noise'}"
             click.echo(f"{path}: {kind}, {done.size:,} bytes; outputs on {images} differ by {done.difference:.1e}")
+    if int8 is not None:
+        from ..sharing.int8 import export_int8
+
+        if data is None:
+            raise CompressError("export: expected --data beside --int8, whose ranges and accuracy are found on images; found none")
+        for kind, side in zip(("float", "int8"), export_int8(model, int8, data), strict=True):
+            click.echo(
+                f"{kind}: {side.size:,} bytes, top-1 {side.top1:.2f}%, {side.milliseconds:.2f} ± {side.iqr / 2:.2f} ms (batch 1, 1 thread)"
+            )

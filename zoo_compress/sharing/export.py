@@ -97,7 +97,7 @@ def export_onnx(model: nn.Module, path: str | Path, data: DataConfig | None = No
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     program = _program(model, images)
-    with tempfile.TemporaryDirectory(prefix=".exporting-", dir=path.parent) as scratch, _quiet():
+    with tempfile.TemporaryDirectory(prefix=".exporting-", dir=path.parent) as scratch, quiet():
         file = Path(scratch, path.name)
         try:
             torch.onnx.export(program, (), str(file), dynamo=True, external_data=False, verbose=False, input_names=["images"])
@@ -158,7 +158,7 @@ def _compared(model: nn.Module, images: torch.Tensor, other: Any, data: DataConf
     return Exported(difference, len(images), data is not None, file.stat().st_size if file else 0)
 
 
-class _quiet:
+class quiet:
     """The exporter reports its passes as warnings; only its errors are of use."""
 
     def __enter__(self) -> None:
