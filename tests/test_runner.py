@@ -17,6 +17,7 @@ from zoo_compress.runner import run
 from zoo_compress.training.checkpoint import load_state
 from zoo_compress.training.config import DataConfig
 from zoo_compress.training.data import eval_loader
+from zoo_compress.training.loop import evaluate
 from zoo_compress.training.sources import open_source
 
 START = """
@@ -386,3 +387,13 @@ def test_a_teacher_by_name(tmp_path, whole):
     assert record.status == "finished"
     with pytest.raises(RecipeError, match="timm cannot create 'nobody'"):
         run(write(tmp_path, "other", text=text.replace(teacher, "nobody")), log=lambda line: None)
+
+
+def test_what_a_method_makes_of_the_network_is_what_is_reported(tmp_path):
+    """Blocks that end below `least` are removed after training: the record has the accuracy without them, as the file does."""
+    stages = "  - train: {{epochs: 1, lr: 3e-3, method: {{blocks: {{penalty: 0.1, least: 1.0}}}}}}\n  - save\nmeasure: {{runs: 1}}\n"
+    record = run(write(tmp_path, text=START + "\n" + stages), log=lambda line: None)
+    model = zc.load(tmp_path / "out" / "model")
+    assert model._model_args["variant"]["removed"] == ["layer1.0"]
+    data = DataConfig(source="digits")
+    assert record.step("01_train").metrics["loss"] == evaluate(model, eval_loader(open_source(data, 1), data, model))["loss"]

@@ -15,6 +15,7 @@ from zoo_compress.surgery.blocks import remove_blocks, residual_blocks
 SIZE = {"pretrained_cfg_overlay": {"input_size": (3, 64, 64)}}
 KNOWN = {
     "resnet18": ["layer1.0", "layer1.1", "layer2.1", "layer3.1", "layer4.1"],
+    "test_convnext": ["stages.0.blocks.0", *(f"stages.{i}.blocks.{j}" for i, count in ((1, 2), (2, 4), (3, 2)) for j in range(count))],
     "test_vit": [f"blocks.{i}" for i in range(6)],
     "mobilenetv2_100": [f"blocks.{i}.{j}" for i, count in enumerate((1, 2, 3, 4, 3, 3, 1)) for j in range(1, count)],
 }
@@ -84,6 +85,18 @@ class Scaled(Branch):
         return super().branch(x) * self.gamma
 
 
+class Rolled(Branch):
+    """What it adds is made of a module's output, by moving its elements."""
+
+    def branch(self, x):
+        return super().branch(x).roll(1, -1).flip(-2).contiguous()
+
+
+class Squared(Branch):
+    def branch(self, x):
+        return super().branch(x) ** 2
+
+
 class Twice(Branch):
     """Runs its convolution twice."""
 
@@ -103,7 +116,7 @@ class Net(nn.Module):
         return self.head(self.block(self.stem(x)).mean((2, 3)))
 
 
-@pytest.mark.parametrize("kind", [Branch, AfterRelu, InPlace])
+@pytest.mark.parametrize("kind", [Branch, AfterRelu, InPlace, Scaled, Rolled])
 def test_what_a_block_adds(kind):
     found, refused = residual_blocks(Net(kind), torch.randn(2, 3, 12, 12))
     assert found["block"].ends == ("block.norm",)
@@ -115,7 +128,7 @@ def test_what_a_block_adds(kind):
     [
         (AfterGelu, "still changes what it is given"),
         (Gated, r"what block.gate \(Gate\) adds does not scale with its weights"),
-        (Scaled, "not the output of a module alone"),
+        (Squared, "nor in proportion to that of block.norm"),
     ],
 )
 def test_what_cannot_be_removed_has_a_reason(kind, reason):

@@ -171,7 +171,7 @@ REFUSED = {
 
 def reasons(model, image):
     layers, left = dense_layers(model, zc.analyze(model, image), image)
-    return {**left, **refused(model, {path: Factor(kind="spatial", rank=1) for path in layers}, image)}
+    return {**left, **refused(model, {path: Factor(kind=layer.shape.kinds()[0], rank=1) for path, layer in layers.items()}, image)}
 
 
 def test_a_plain_network_bears_it():

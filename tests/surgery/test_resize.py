@@ -151,8 +151,11 @@ def test_layout_terms_give_the_real_shapes(model, layout):
         assert tuple(terms.size(parse(dim), layout.base_sizes) for dim in layout.params[name]) == tuple(tensor.shape)
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "mobilenetv3_small_050"])
 def test_what_a_model_says_of_its_classifiers_input_follows(name):
-    """timm's feature distillation and new heads read it; it stayed as it was on models that don't read it themselves."""
+    """timm's feature distillation and new heads read it; it stayed as it was where making a new head replaces the number, or the head took
+    the old one's place in memory."""
     small = zc.prune(timm.create_model(name, num_classes=10), keep=0.5)
-    assert small.head_hidden_size == small.num_features == small.get_classifier().in_features
+    assert small.head_hidden_size == small.get_classifier().in_features
+    small.reset_classifier(3)
+    assert small.eval()(torch.randn(1, *small.pretrained_cfg["input_size"])).shape == (1, 3)

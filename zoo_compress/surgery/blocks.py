@@ -43,18 +43,21 @@ class Block:
         path: Its module.
         ends: The modules whose outputs it adds to what it is given, in the order they run. Zero them, and the block is the identity;
             scale their parameters, and what it adds is scaled.
+        direct: It adds these outputs themselves; else something made of them.
     """
 
     path: str
     ends: tuple[str, ...]
+    direct: bool = True
 
 
 def residual_blocks(model: nn.Module, example: torch.Tensor | None = None, seed: int = 0) -> tuple[dict[str, Block], dict[str, str]]:
     """The residual blocks of a model.
 
     The model runs once without data; modules within which the output of another module is added to the input, or to such a sum, are
-    looked at further. A run on random images, with all these outputs zero, must show that each block then gives what it is given; and one
-    on which they scale with their modules' parameters.
+    looked at further; where something else is added, the module that ran last may be what it is made of. Runs on random images must show
+    that each block gives what it is given when all these outputs are zero, that they scale with their modules' parameters, and, where they
+    are not added themselves, that what the block adds scales with them.
 
     Args:
         model: The model. It is not changed.
@@ -69,16 +72,14 @@ def residual_blocks(model: nn.Module, example: torch.Tensor | None = None, seed:
     refused: dict[str, str] = {}
     held = holders(model)
     for path, block in adding.items():
-        if not block.ends:
-            refused[path] = "what it adds is not the output of a module alone"
         parameters = [p for end in block.ends for p in model.get_submodule(end).parameters()]
         if any(len(held[id(p)]) > 1 for p in parameters):
             refused[path] = "what it adds comes from weights that others use too"
     image = torch.randn((2, *example.shape[1:]), generator=torch.Generator().manual_seed(seed))
-    found = {path: block for path, block in adding.items() if path not in refused}
-    refused |= _not_linear(model, found, image)
-    found = {path: block for path, block in found.items() if path not in refused}
-    refused |= _not_identity(model, found, image)
+    found = dict(adding)
+    for check in (_not_linear, _not_identity, _not_made_of):
+        found = {path: block for path, block in found.items() if path not in refused}
+        refused |= check(model, found, image)
     return {path: block for path, block in found.items() if path not in refused}, refused
 
 
@@ -156,7 +157,8 @@ class _Frame:
     shape: torch.Size
     trunk: set[int]
     ends: list[str] = field(default_factory=list)
-    odd: bool = False
+    direct: bool = True
+    last: str | None = None
 
 
 class _Additions(TorchDispatchMode):
@@ -191,8 +193,12 @@ class _Additions(TorchDispatchMode):
                 return
             if any(True for _ in module.parameters()):
                 self.made.setdefault(self._key(out), path)
-            if (frame.ends or frame.odd) and out.shape == frame.shape:
-                self.found[path] = Block(path, () if frame.odd else tuple(frame.ends))
+            if module._parameters:
+                for outer in self.frames:
+                    if not (outer.last or "").startswith(f"{path}."):  # what runs within it is nearer to what it gives
+                        outer.last = path
+            if frame.ends and out.shape == frame.shape:
+                self.found[path] = Block(path, tuple(frame.ends), frame.direct)
 
         return hook
 
@@ -210,17 +216,18 @@ class _Additions(TorchDispatchMode):
                 for one, other in ((0, 1), (1, 0)):
                     end = ends[other]
                     if pair[one] in frame.trunk and pair[other] not in frame.trunk:
-                        if end is not None and end.startswith(f"{frame.path}."):
-                            frame.ends.append(end)
-                        else:
-                            frame.odd = True
+                        inside = end is not None and end.startswith(f"{frame.path}.")
+                        frame.direct &= inside
+                        made = end if inside else frame.last
+                        if made is not None:
+                            frame.ends.append(made)
                         frame.trunk.add(self._key(out))
                         break
         return out
 
 
 def _adding(model: nn.Module, example: torch.Tensor) -> dict[str, Block]:
-    """The innermost modules that add to their input and run once; without ends where what they add is not the output of a module."""
+    """The innermost modules that add to their input and run once."""
     failure: Exception | None = None
     for device in ("meta", "cpu"):  # a model that looks at values needs real tensors
         clone, additions = copy_of(model, device), _Additions()
@@ -296,3 +303,43 @@ def _not_identity(model: nn.Module, blocks: dict[str, Block], image: torch.Tenso
         clone.get_submodule(path).register_forward_hook(leave(path))
     _run(clone, image)
     return refused
+
+
+def _not_made_of(model: nn.Module, blocks: dict[str, Block], image: torch.Tensor) -> dict[str, str]:
+    """Blocks that do not add twice as much when one of the modules gives twice as much and the others nothing."""
+    refused: dict[str, str] = {}
+    if all(block.direct for block in blocks.values()):
+        return refused
+
+    def hook(block: Block) -> Callable[..., None]:
+        def compare(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+            for end in block.ends:
+                once, twice = (_added(module, block, end, scale, args, kwargs) for scale in (1, 2))
+                if not bool(once.any()) or _far(twice, 2 * once):
+                    refused[block.path] = f"what it adds is not the output of a module, nor in proportion to that of {end}"
+
+        return compare
+
+    for precision in (torch.float64, torch.float32):
+        # What is added may be a millionth of what it is added to. A model that mixes dtypes runs in its own only.
+        clone = copy_of(model, "cpu").requires_grad_(False).to(precision)
+        for path, block in blocks.items():
+            if not block.direct:
+                clone.get_submodule(path).register_forward_hook(hook(block), with_kwargs=True)
+        try:
+            _run(clone, image)
+        except MODEL_ERRORS:
+            if precision is torch.float32:
+                raise
+            continue
+        break
+    return refused
+
+
+def _added(module: nn.Module, block: Block, end: str, scale: int, args: Any, kwargs: Any) -> torch.Tensor:
+    twin = copy.deepcopy(module)
+    twin._forward_hooks.clear()
+    for each in block.ends:
+        factor = scale if each == end else 0
+        twin.get_submodule(each.removeprefix(f"{block.path}.")).register_forward_hook(lambda module, args, out, factor=factor: out * factor)
+    return twin(*args, **kwargs) - args[0]

@@ -110,17 +110,18 @@ class Spy:
         return asked if len(asked) == len(entries) else found
 
     def _describe(self, name: str, terms: list[Term]) -> None:
-        size = vars(self.model).get(name)
-        term = _channel(terms, size) if isinstance(size, Size) else None
-        if term is not None:
-            self.tracer.meet(size, term)  # type: ignore[arg-type]
+        variable = self.attributes.get(name)  # the model may have replaced its number by another that is equal
+        term = _channel(terms, variable.size) if variable is not None else None
+        if variable is not None and term is not None:
+            self.tracer.link(variable, term)
 
     def _reset_classifier(self, dims: dict[str, list[Term]]) -> None:
         """Ask the model for a new classifier: the sizes it is built with are the attributes that a user's call will read."""
         reset: Any = getattr(self.model, "reset_classifier", None)
         if not callable(reset) or getattr(self.model, "num_classes", 0) < 1:
             return
-        old = {id(module) for module in self.model.modules()}
+        before = list(self.model.modules())  # alive to the end: another object must not get the identity of one that was dropped
+        old = set(map(id, before))
         try:
             with torch.device("meta"), self.tracer.silenced():
                 reset(int(self.model.num_classes) + 1)  # type: ignore[arg-type]
