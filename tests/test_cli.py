@@ -11,6 +11,7 @@ import zoo_compress as zc
 from zoo_compress.cli import cli, load_model
 
 TINY = ["-a", "num_classes=10", "-a", "in_chans=1"]
+GREY = ["-a", "pretrained_cfg_overlay={input_size: [1, 32, 32], mean: [0.5], std: [0.5]}"]
 
 
 def invoke(*args, code=0):
@@ -83,12 +84,11 @@ def test_prune_saves_what_it_says(saved):
 
 def test_prune_looks_at_images(tmp_path):
     """The command is the function with the images of the data source."""
-    size = ["-a", "pretrained_cfg_overlay={input_size: [1, 32, 32], mean: [0.5], std: [0.5]}"]
     options = ["--macs", 0.6, "--criterion", "thinet", "--reconstruct", "--data", "digits", "--images", 40]
-    output = invoke("prune", "test_resnet", *options, "-o", tmp_path / "a", *TINY, *size).output
+    output = invoke("prune", "test_resnet", *options, "-o", tmp_path / "a", *TINY, *GREY).output
     assert "nothing was fine-tuned" in output
     small = timm.create_model(f"local-dir:{tmp_path / 'a'}", pretrained=True)
-    invoke("prune", "test_resnet", "--macs", 0.6, "-o", tmp_path / "b", *TINY, *size)
+    invoke("prune", "test_resnet", "--macs", 0.6, "-o", tmp_path / "b", *TINY, *GREY)
     plain = timm.create_model(f"local-dir:{tmp_path / 'b'}", pretrained=True)
     assert zc.analyze(small).macs() == pytest.approx(zc.analyze(plain).macs(), rel=0.05)
     output = invoke("prune", "test_resnet", "--macs", 0.6, "--reconstruct", "-o", tmp_path / "c", *TINY, code=2).output
@@ -197,7 +197,11 @@ def test_bugs_keep_their_traceback(monkeypatch):
 
 
 def test_factorize_saves_what_it_plans(tmp_path):
-    output = invoke("factorize", "test_vit", "--macs", 0.8, "--data", "digits", "--images", 32, "-o", tmp_path / "low", *TINY).output
+    options = ["--macs", 0.8, "--data", "digits", "--images", 32, "-o", tmp_path / "low", *TINY]
+    output = invoke("factorize", "test_vit", *options, code=2).output
+    assert "model.pretrained_cfg.input_size: expected 1 channels as in the model, found 3" in output
+    grey = ["-a", "img_size=32", *GREY]
+    output = invoke("factorize", "test_vit", *options, *grey).output
     assert f"→ {zc.analyze(zc.load(tmp_path / 'low')).macs():,} (" in output
     assert "a classifier: made anew for other classes" in output
     invoke("factorize", "test_vit", "--macs", 0.8, "-o", tmp_path / "low", *TINY, code=2)  # not empty any more
@@ -231,6 +235,6 @@ def test_sparsify_and_cluster_save_what_they_say(tmp_path):
     bad = invoke("sparsify", "test_resnet", "--density", 2, "-o", tmp_path / "bad", *TINY, code=2)
     assert "density: expected the fraction of weights to keep" in bad.output
     unfit = invoke("sparsify", "test_resnet", *options, "-o", tmp_path / "bad", *TINY, code=2)
-    assert "data: expected batches of (images, class indices)" in unfit.output
+    assert "model.pretrained_cfg.input_size: expected 1 channels as in the model, found 3" in unfit.output
     invoke("cluster", "test_resnet", "--bits", 3, "-o", tmp_path / "few", *TINY)
     assert len(zc.load(tmp_path / "few").fc.weight.unique()) <= 8

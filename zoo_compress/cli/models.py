@@ -150,10 +150,11 @@ def prune(
 def calibration_data(model: "nn.Module", source: str, root: str | None, images: int) -> "Batches":
     """Training images of a data source, shuffled, as the model wants them; the same ones every time."""
     from ..training.config import DataConfig
-    from ..training.data import calibration_batches
+    from ..training.data import calibration_batches, check_channels
     from ..training.loop import reseed
     from ..training.sources import open_source
 
+    check_channels(model)
     reseed(0, 0, 0)
     config = DataConfig(source=source, root=root, batch_size=min(images, 32))
     return calibration_batches(open_source(config, getattr(model, "in_chans", 3)), config, model, -(-images // config.batch_size))

@@ -100,6 +100,15 @@ def check_fits(source: Source, model: nn.Module) -> None:
     classes = getattr(model, "num_classes", None)
     if source.num_classes is not None and classes != source.num_classes:
         raise CompressError(f"model.args.num_classes: expected the {source.num_classes} classes of the data source, found {classes}")
+    check_channels(model)
+
+
+def check_channels(model: nn.Module) -> None:
+    """Refuse a model whose `pretrained_cfg` prepares images of another number of channels than it takes.
+
+    Raises:
+        CompressError: That.
+    """
     preprocessing = resolve_model_data_config(model)
     channels = getattr(model, "in_chans", 3)
     sizes = {"input_size": preprocessing["input_size"][0], **{name: len(preprocessing[name]) for name in ("mean", "std")}}
