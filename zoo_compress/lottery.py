@@ -22,12 +22,13 @@ from torch import nn
 
 import zoo_compress as zc
 
+from .actions import create, open_images
 from .compare import check_seeds
 from .errors import RecipeError
 from .methods.reinitialize import reinitialize
 from .recipe import EvaluateStage, Recipe, SaveStage, TrainStage, load_recipe
 from .record import Entry, aligned, machine, versions
-from .runner import create, deterministic, locked, open_images, say
+from .runner import deterministic, locked, say
 from .structure.packed import Packing
 from .surgery.masks import Masks, apply_, density, masks_of, random_like, remove_fraction
 from .surgery.origin import stamp_packed

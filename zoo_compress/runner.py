@@ -8,78 +8,23 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
-import timm
 import torch
 from pydantic import ValidationError
-from timm.models import parse_model_name
-from torch import nn
 from tqdm import tqdm
 
 import zoo_compress as zc
 
-from .errors import CompressError, RecipeError
-from .plan import PruneRound, Step, budget_of_round, make_plan, milestones, uncompressed
-from .plugin.weights import WEIGHTS
-from .profiling.measure import measure_many
-from .profiling.settings import ways
-from .recipe import Recipe, SaveStage, load_recipe, methods_of
-from .record import RECORD_NAME, Record, Row, StepRecord, machine, read_record, versions, write_record
+from .actions import STATE_NAME, STEPS_FOLDER, Run, act, create, open_images, save_whole
+from .errors import RecipeError
+from .plan import Step, make_plan, milestones
+from .recipe import Recipe, load_recipe
+from .record import RECORD_NAME, Record, StepRecord, machine, read_record, versions, write_record
 from .sharing.recipe_text import recipe_of
-from .training.config import FinetuneConfig, TrainConfig
-from .training.data import calibration_batches, check_fits, eval_loader, held_out_batches, train_loader
 from .training.distributed import Processes, init_processes
-from .training.loop import Epoch, Phase, evaluate, fit, reseed
-from .training.sources import Source, default_pretrained_cfg, open_source
-from .training.task import ChangeConfig, nested
-
-STEPS_FOLDER = "steps"
-STATE_NAME = "training.safetensors"
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a step hands back: a new model or None, and its part of the record."""
-
-    model: nn.Module | None = None
-    metrics: dict[str, Any] = field(default_factory=dict)
-    epochs: tuple[Epoch, ...] = ()
-    table: tuple[Row, ...] = ()
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run in progress, as every step sees it.
-
-    Attributes:
-        recipe: what to do.
-        plan: the same as steps.
-        output: where to write.
-        processes: who does it.
-        source: the images.
-        record: what is done already.
-        log: takes one line for people.
-    """
-
-    recipe: Recipe
-    plan: tuple[Step, ...]
-    output: Path
-    processes: Processes
-    source: Source
-    record: Record
-    log: Callable[[str], None]
-
-    def folder(self, step: Step | StepRecord) -> Path:
-        """Folder of the model a step makes."""
-        return self.output / STEPS_FOLDER / step.name
-
-    def latest(self) -> Path:
-        """Folder of the newest model."""
-        return self.output / self.record.latest_checkpoint
 
 
 def run(path: str | Path, *, fresh: bool = False, seed: int | None = None, log: Callable[[str], None] | None = None) -> Record:
@@ -163,42 +108,14 @@ def _is_of(record: Record, recipe: Recipe) -> bool:
         return False
 
 
-def create(recipe: Recipe) -> nn.Module:
-    """The model a recipe starts from, initialised from the recipe's seed."""
-    wanted = recipe.model
-    from_scratch = not wanted.pretrained and parse_model_name(wanted.name)[0] is None
-    in_chans = wanted.args.get("in_chans", 3)
-    defaults = default_pretrained_cfg(recipe.data.source, in_chans) if from_scratch and isinstance(in_chans, int) else {}
-    overlay = {**defaults, **wanted.pretrained_cfg.model_dump(exclude_none=True)}
-    args: dict[str, Any] = {"pretrained": wanted.pretrained, "pretrained_cfg_overlay": overlay, **wanted.args}
-    reseed(recipe.seed, 0, 0)
-    try:
-        return timm.create_model(wanted.name, **args)
-    except CompressError:
-        raise
-    # Whatever an architecture raises for arguments it cannot use, the recipe is what has to change.
-    except Exception as error:
-        reason = next(iter(str(error).splitlines()), "")
-        raise RecipeError(f"model: timm cannot create {wanted.name!r} with {wanted.args}: {type(error).__name__}: {reason}") from error
-
-
-def open_images(recipe: Recipe, model: nn.Module, processes: Processes) -> Source:
-    """The images, known to fit the model and to fill a batch."""
-    with processes.primary_first():
-        source = open_source(recipe.data, getattr(model, "in_chans", 3))
-    check_fits(source, model)
-    train_loader(source, recipe.data, model, processes)
-    return source
-
-
 def _do(run: Run, step: Step) -> Record:
     """Do one step, save its model, and only then add it to the record."""
     run.log(f"[{step.index + 1}/{len(run.plan)}] {step.label}")
     start = time.perf_counter()
-    result = _ACTIONS.get(step.kind, _change_step)(run, step)
+    result = act(run, step)
     made = f"{STEPS_FOLDER}/{step.name}" if step.makes_model else None
     if result.model is not None and run.processes.primary:
-        _save(result.model, run.folder(step))
+        save_whole(result.model, run.folder(step))
     seconds = sum(epoch.seconds for epoch in result.epochs) or time.perf_counter() - start
     done = StepRecord(name=step.name, kind=step.kind, checkpoint=made, metrics=result.metrics, epochs=result.epochs, seconds=seconds)
     status = "finished" if step is run.plan[-1] else "running"
@@ -210,191 +127,6 @@ def _do(run: Run, step: Step) -> Record:
             (run.output / STATE_NAME).unlink(missing_ok=True)
     run.processes.barrier()
     return record
-
-
-def _create_step(run: Run, step: Step) -> Result:
-    return Result(create(run.recipe))
-
-
-def _fit_step(run: Run, step: Step) -> Result:
-    config = step.action
-    assert isinstance(config, TrainConfig)
-    model, data = zc.load(run.latest()), run.recipe.data
-    teachers: list[nn.Module] = []
-    if isinstance(config, FinetuneConfig) and config.distill:
-        dense = uncompressed(run.plan)
-        teachers = [_teacher(name) for name in config.distill.teachers] or ([zc.load(run.folder(dense))] if dense else [])
-    loaders = train_loader(run.source, data, model, run.processes), eval_loader(run.source, data, model, run.processes)
-    methods = methods_of(config)
-    method = nested(methods) if methods else None
-    calibration: Any = ()
-    if method is not None:
-        calibration = calibration_batches(run.source, data, model, method.calibration_batches)
-        reseed(run.recipe.seed, step.index, 0)
-        model = method.wrap(model)
-    history = fit(
-        model,
-        *loaders,
-        config,
-        phase=Phase(step.label, step.index, run.recipe.seed, run.record.recipe_sha256),
-        teacher=teachers,
-        method=method,
-        calibration=calibration,
-        processes=run.processes,
-        state=run.output / STATE_NAME,
-        log=run.log,
-    )
-    last = history[-1]
-    metrics = {"loss": last.loss, "top1": last.top1, "top5": last.top5}
-    if method is not None:
-        reseed(run.recipe.seed, step.index, config.epochs)
-        model = method.finish(model, calibration, held_out_batches(run.source, data, model) or ())
-        if any(each.changes for each in methods):
-            metrics = _evaluated(run, model, step.label)
-    return Result(model.cpu(), metrics, tuple(history))
-
-
-def _teacher(name: str) -> nn.Module:
-    try:
-        return timm.create_model(name, pretrained=True)
-    except Exception as error:  # whatever goes wrong, the recipe is what has to change
-        raise RecipeError(f"distill.teacher: timm cannot create {name!r} with weights: {type(error).__name__}: {error}") from error
-
-
-def _prune_step(run: Run, step: Step) -> Result:
-    action = step.action
-    assert isinstance(action, PruneRound)
-    if not run.processes.primary:
-        return Result()
-    stage, model = action.stage, zc.load(run.latest())
-    before = zc.analyze(model)
-    size = {"macs": before.macs(), "params": before.num_params(), "keep": 1, "latency": 1}
-    base: Any = size if action.first == step.name else run.record.step(action.first).metrics["before"]
-    seed = reseed(run.recipe.seed, step.index, 0)
-    budget: Any = budget_of_round(action, base[stage.budget[0]])
-    data = calibration_batches(run.source, run.recipe.data, model, stage.calibration_batches)
-    small = zc.prune(
-        model,
-        **budget,
-        criterion=stage.criterion,
-        scope=stage.scope,
-        round_to=stage.round_to,
-        min_keep=stage.min_keep,
-        exclude=stage.exclude,
-        data=data,
-        reconstruct=data if stage.reconstruct else None,
-        layout=before,
-        seed=seed,
-        batch_size=run.recipe.measure.batch_size,
-        threads=run.recipe.measure.threads,
-    )
-    after = zc.analyze(small)
-    metrics = {"before": size, "after": {"macs": after.macs(), "params": after.num_params()}}
-    run.log(f"{step.label}: MACs {before.macs():,} → {after.macs():,}, parameters {before.num_params():,} → {after.num_params():,}")
-    return Result(small, metrics)
-
-
-def _change_step(run: Run, step: Step) -> Result:
-    config = step.action
-    assert isinstance(config, ChangeConfig)
-    if not run.processes.primary:
-        return Result()
-    model = zc.load(run.latest())
-    data = calibration_batches(run.source, run.recipe.data, model, config.calibration_batches)
-    changed = config.apply(model, data, reseed(run.recipe.seed, step.index, 0))
-    before, after = (_size(found) for found in (model, changed))
-    run.log(f"{step.label}: MACs {before['macs']:,} → {after['macs']:,}, parameters {before['params']:,} → {after['params']:,}")
-    return Result(changed, {"before": before, "after": after})
-
-
-def _size(model: nn.Module) -> dict[str, int]:
-    layout = zc.analyze(model)
-    return {"macs": layout.macs(), "params": layout.num_params()}
-
-
-def _evaluate_step(run: Run, step: Step) -> Result:
-    found = {label: _evaluated(run, model, label) for label, model in _by_way(step.label, zc.load(run.latest())).items()}
-    for label, metrics in found.items():
-        run.log(f"{label}: test loss {metrics['loss']:.4f}, top-1 {metrics['top1']:.2f}%")
-    return Result(metrics=found if len(found) > 1 else found[step.label])
-
-
-def _save_step(run: Run, step: Step) -> Result:
-    assert isinstance(step.action, SaveStage)
-    folder = run.output / step.action.to
-    if run.processes.primary:
-        _save(zc.load(run.latest()), folder)
-        run.log(f"{step.label}: {folder}")
-    return Result(metrics={"to": step.action.to, "of": run.latest().name})
-
-
-def _report_step(run: Run, step: Step) -> Result:
-    """Evaluate and measure the models of the table, and the saved one as a user would load it."""
-    models: dict[str, nn.Module] = {}
-    folders: dict[str, Path] = {}
-    for label, made in milestones(run.plan).items():
-        models.update(_by_way(label, zc.load(run.folder(made))))
-        folders[label] = run.folder(made)
-    saves = [done for done in run.record.steps if done.kind == "save"]
-    if saves:
-        folders["reloaded"] = run.output / str(saves[-1].metrics["to"])
-        models["reloaded"] = timm.create_model(f"local-dir:{folders['reloaded']}", pretrained=True)
-    top1 = {label: _evaluated(run, model, label)["top1"] for label, model in models.items()}
-    if saves:
-        # Training has noted the accuracy of the model it held in memory: an independent witness of what went through the files.
-        saved = run.record.step(str(saves[-1].metrics["of"]))
-        if "top1" in saved.metrics and saved.metrics["top1"] != top1["reloaded"]:
-            raise CompressError(
-                f"{folders['reloaded']}: expected top-1 of {saved.metrics['top1']}% as after {saved.name}, "
-                f"found {top1['reloaded']}% after reloading"
-            )
-    if not run.processes.primary:
-        return Result()
-    config = run.recipe.measure
-    # A network of several widths is measured as what it exports: that is what runs where time matters.
-    statics = {label: next(iter(ways(model).values())) for label, model in models.items()}
-    costs = measure_many({label: model.cpu() for label, model in statics.items()}, config.batch_size, config.threads, runs=config.runs)
-    sizes = {label: (folder / WEIGHTS).stat().st_size for label, folder in folders.items()}
-    rows = tuple(Row(label=label, top1=top1[label], file_bytes=sizes.get(label), **asdict(cost)) for label, cost in costs.items())
-    return Result(table=rows)
-
-
-_ACTIONS: dict[str, Callable[[Run, Step], Result]] = {
-    "create": _create_step,
-    "train": _fit_step,
-    "finetune": _fit_step,
-    "prune": _prune_step,
-    "evaluate": _evaluate_step,
-    "save": _save_step,
-    "report": _report_step,
-}
-
-
-def _by_way(label: str, model: nn.Module) -> dict[str, nn.Module]:
-    """The model, or every way to run one that has several: its widths, its exits."""
-    return {f"{label} {way}".rstrip(): found for way, found in ways(model).items()}
-
-
-def _evaluated(run: Run, model: nn.Module, label: str) -> dict[str, float]:
-    loader = eval_loader(run.source, run.recipe.data, model, run.processes)
-    return evaluate(model.to(run.processes.device), loader, run.processes, f"{label} test")
-
-
-def _save(model: nn.Module, folder: Path) -> None:
-    """Save a model as a whole folder or not at all, and make sure that it comes back as it went."""
-    temporary, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("tmp", "old"))
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    zc.save(model, temporary)
-    images = torch.randn(2, *timm.data.resolve_model_data_config(model)["input_size"], generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        if not torch.equal(model.eval()(images), zc.load(temporary).eval()(images)):
-            raise CompressError(f"{folder}: expected a saved model with the outputs of the one in memory, found other outputs")
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _tidy(run: Run, step: Step) -> None:
