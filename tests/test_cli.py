@@ -204,7 +204,8 @@ def test_factorize_saves_what_it_plans(tmp_path):
     output = invoke("factorize", "test_vit", *options, *grey).output
     assert f"→ {zc.analyze(zc.load(tmp_path / 'low')).macs():,} (" in output
     assert "a classifier: made anew for other classes" in output
-    invoke("factorize", "test_vit", "--macs", 0.8, "-o", tmp_path / "low", *TINY, code=2)  # not empty any more
+    refused = invoke("factorize", "no_such_model", "--macs", 0.8, "-o", tmp_path / "low", code=2).output
+    assert "expected a new or empty folder, found files in it" in refused, "before anything is made"
 
 
 def test_separate_saves_what_it_plans(tmp_path):

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..errors import CompressError
 from .common import MODEL_HELP, cli, examples, load_model, model_options
 from .models import calibration_data
 
@@ -70,6 +69,9 @@ def factorize(
     """Replace MODEL's layers by two of lower rank each, without training, and save it. Says which layers are left, and why."""
     import zoo_compress as zc
 
+    from ..training.checkpoint import check_empty
+
+    check_empty(output)
     loaded = load_model(model, pretrained, args)
     data = calibration_data(loaded, source, data_root, images) if source else None
     plan = zc.plan_factorize(loaded, macs=macs, params=params, energy=energy, scheme=scheme, round_to=round_to, data=data)
@@ -98,6 +100,9 @@ def separate(
     """Replace MODEL's dense convolutions by depthwise and pointwise ones, fitted without training, and save it."""
     import zoo_compress as zc
 
+    from ..training.checkpoint import check_empty
+
+    check_empty(output)
     loaded = load_model(model, pretrained, args)
     data = calibration_data(loaded, source, data_root, images) if source else None
     plan = zc.plan_separate(loaded, macs=macs, params=params, multiplier=multiplier, data=data)
@@ -109,8 +114,6 @@ def _finish(model: "nn.Module", plan: "FactorPlan", output: Path) -> None:
 
     from ..surgery.factorise import apply_factors
 
-    if output.exists() and any(output.iterdir()):
-        raise CompressError(f"{output}: expected a new or empty folder, found files in it")
     zc.save(apply_factors(model, plan), output)
     click.echo(str(plan))
     click.echo(f"saved to {output}; nothing was fine-tuned")

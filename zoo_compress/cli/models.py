@@ -115,9 +115,9 @@ def prune(
     import zoo_compress as zc
 
     from ..profiling.measure import measure_many
+    from ..training.checkpoint import check_empty
 
-    if output.exists() and any(output.iterdir()):
-        raise CompressError(f"{output}: expected a new or empty folder, found files in it")
+    check_empty(output)
     if reconstruct and source is None:
         raise CompressError("--reconstruct: expected --data with images to reconstruct from, found none")
     loaded = load_model(model, pretrained, args)

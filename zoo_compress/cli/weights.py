@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import CompressError
 from .common import MODEL_HELP, cli, examples, load_model, model_options
 from .factors import OUTPUT
 from .models import calibration_data
@@ -54,6 +53,9 @@ def sparsify(
     """Remove MODEL's least important weights, without training, and save it: the file holds those that are left."""
     import zoo_compress as zc
 
+    from ..training.checkpoint import check_empty
+
+    check_empty(output)
     loaded = load_model(model, pretrained, args)
     data: Any = calibration_data(loaded, source, data_root, images) if source else None
     _finish(zc.sparsify(loaded, data=data, **settings), output)
@@ -73,6 +75,9 @@ def cluster(model: str, bits: int, exclude: tuple[str, ...], output: Path, pretr
     """Let the weights of each of MODEL's layers share few values, without training, and save it."""
     import zoo_compress as zc
 
+    from ..training.checkpoint import check_empty
+
+    check_empty(output)
     _finish(zc.cluster(load_model(model, pretrained, args), bits, exclude=exclude), output)
 
 
@@ -82,8 +87,6 @@ def _finish(model: "nn.Module", output: Path) -> None:
     from ..plugin.weights import WEIGHTS
     from ..surgery.masks import density, masks_of
 
-    if output.exists() and any(output.iterdir()):
-        raise CompressError(f"{output}: expected a new or empty folder, found files in it")
     zc.save(model, output)
     dense = sum(tensor.nbytes for tensor in model.state_dict().values())
     size = (output / WEIGHTS).stat().st_size

@@ -17,6 +17,7 @@ from ..plugin.hub import load
 from ..plugin.remote import CONFIG, hub_errors
 from ..plugin.weights import WEIGHTS
 from ..record import read_record
+from ..training.checkpoint import check_empty
 from ..zoo import index
 from . import card
 from .push import model_folder
@@ -36,8 +37,7 @@ def pull(name: str, directory: str | Path) -> Path:
         CompressError: There is no such variant, the Hub does not give it, it is damaged, or the directory holds files.
     """
     directory = Path(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise CompressError(f"{directory}: expected a new or empty folder, found files in it")
+    check_empty(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".pulling-", dir=directory.parent) as scratch:
         folder = Path(scratch, "folder")

@@ -18,6 +18,16 @@ from ..errors import CompressError
 _FORMAT = "zoo_compress.state.1"
 
 
+def check_empty(folder: Path) -> None:
+    """Refuse to write among files that are there, before the work whose result is to be written.
+
+    Raises:
+        CompressError: The folder holds something, or is none.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CompressError(f"{folder}: expected a new or empty folder, found files in it")
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file so that a reader finds the old content or the new, never a part.
 
