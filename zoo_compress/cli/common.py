@@ -12,6 +12,8 @@ from ..errors import CompressError
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..training.data import Batches
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 MODEL_HELP = "MODEL is anything timm.create_model takes (an architecture, local-dir:PATH, hf-hub:OWNER/REPO) or the path of a saved model."
@@ -101,3 +103,34 @@ def load_model(name: str, pretrained: bool = False, args: Sequence[str] = ()) ->
         reason = next(iter(str(error).splitlines()), "")
         given = f" with {kwargs}" if kwargs else ""
         raise CompressError(f"model {name!r}: timm cannot create it{given}: {type(error).__name__}: {reason}") from error
+
+
+OUTPUT = click.option(
+    "-o", "--output", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder to save to; new or empty."
+)
+
+
+def data_options(text: str) -> Callable[[Command], Command]:
+    """The options of a command that looks at training images; `text` says what for."""
+
+    def add(command: Command) -> Command:
+        command = click.option(
+            "--images", type=click.IntRange(min=1), default=256, show_default=True, help="How many of its training images to look at."
+        )(command)
+        command = click.option("--data-root", help="Folder of the data set.")(command)
+        return click.option("--data", "source", help=text)(command)
+
+    return add
+
+
+def calibration_data(model: "nn.Module", source: str, root: str | None, images: int) -> "Batches":
+    """Training images of a data source, shuffled, as the model wants them; the same ones every time."""
+    from ..training.config import DataConfig
+    from ..training.data import calibration_batches, check_channels
+    from ..training.loop import reseed
+    from ..training.sources import open_source
+
+    check_channels(model)
+    reseed(0, 0, 0)
+    config = DataConfig(source=source, root=root, batch_size=min(images, 32))
+    return calibration_batches(open_source(config, getattr(model, "in_chans", 3)), config, model, -(-images // config.batch_size))

@@ -5,28 +5,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import MODEL_HELP, cli, examples, load_model, model_options
-from .models import calibration_data
+from .common import MODEL_HELP, OUTPUT, calibration_data, cli, data_options, examples, load_model, model_options
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import nn
 
     from ..surgery.factorise import FactorPlan
 
-DATA = (
-    click.option("--data", "source", help="Fit what layers give on images: imagefolder:PATH, digits, or a name timm.data takes."),
-    click.option("--data-root", help="Folder of the data set."),
-    click.option("--images", type=click.IntRange(min=1), default=256, show_default=True, help="How many of its training images."),
-)
-OUTPUT = click.option("-o", "--output", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder; new or empty.")
-
-
-def _data_options(command: "Callable") -> "Callable":
-    for option in reversed(DATA):
-        command = option(command)
-    return OUTPUT(command)
+DATA = data_options("Fit what layers give on images: imagefolder:PATH, digits, or a name timm.data takes.")
 
 
 @cli.command(
@@ -50,7 +36,8 @@ def _data_options(command: "Callable") -> "Callable":
     help="What k×k convolutions become: k×1 and 1×k (spatial), k×k and 1×1 (channel), whichever loses less (auto), or nothing (svd).",
 )
 @click.option("--round-to", type=click.IntRange(min=1), default=8, show_default=True, help="Preferred multiple for ranks.")
-@_data_options
+@DATA
+@OUTPUT
 @model_options
 def factorize(
     model: str,
@@ -83,7 +70,8 @@ def factorize(
 @click.option("--macs", type=float, help="MACs to keep: a fraction up to 1, a count above. All convolutions are replaced without a budget.")
 @click.option("--params", type=float, help="Parameters to keep: a fraction up to 1, a count above.")
 @click.option("--multiplier", type=click.IntRange(min=1), default=1, show_default=True, help="Depthwise filters per input channel.")
-@_data_options
+@DATA
+@OUTPUT
 @model_options
 def separate(
     model: str,

@@ -6,13 +6,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import CompressError
-from .common import MODEL_HELP, cli, examples, load_model, model_options, plural
+from .common import MODEL_HELP, OUTPUT, calibration_data, cli, data_options, examples, load_model, model_options, plural
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from ..profiling.search import RoundTo
-    from ..training.data import Batches
 
 
 class RoundToType(click.ParamType):
@@ -65,11 +62,7 @@ def inspect(model: str, pretrained: bool, args: tuple[str, ...]) -> None:
     show_default=True,
     help="Importance of a channel: l1, l2, bn_scale, slimming, lamp, fpgm, random; with --data: taylor, hessian, obdc, thinet.",
 )
-@click.option(
-    "--data", "source", help="Images to look at: imagefolder:PATH, digits, fashion_mnist, or a name timm.data.create_dataset takes."
-)
-@click.option("--data-root", help="Folder of the data set.")
-@click.option("--images", type=click.IntRange(min=1), default=256, show_default=True, help="How many of its training images to look at.")
+@data_options("Images to look at: imagefolder:PATH, digits, fashion_mnist, or a name timm.data.create_dataset takes.")
 @click.option("--reconstruct", is_flag=True, help="Restore every layer's outputs by least squares on these images, without training.")
 @click.option(
     "--scope",
@@ -87,7 +80,7 @@ def inspect(model: str, pretrained: bool, args: tuple[str, ...]) -> None:
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Images in a pass that is measured.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of a pass that is measured; torch's choice unless given.")
-@click.option("-o", "--output", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder to save to; new or empty.")
+@OUTPUT
 @model_options
 def prune(
     model: str,
@@ -145,19 +138,6 @@ def prune(
         times = f"{slow.latency_ms:>14,.2f} → {fast.latency_ms:>14,.2f}  ({fast.latency_ms / slow.latency_ms:.1%})"
         click.echo(f"ms a pass   {times}  batch {batch_size}, {plural(fast.threads, 'thread')}")
     click.echo(f"saved to {output}; nothing was fine-tuned")
-
-
-def calibration_data(model: "nn.Module", source: str, root: str | None, images: int) -> "Batches":
-    """Training images of a data source, shuffled, as the model wants them; the same ones every time."""
-    from ..training.config import DataConfig
-    from ..training.data import calibration_batches, check_channels
-    from ..training.loop import reseed
-    from ..training.sources import open_source
-
-    check_channels(model)
-    reseed(0, 0, 0)
-    config = DataConfig(source=source, root=root, batch_size=min(images, 32))
-    return calibration_batches(open_source(config, getattr(model, "in_chans", 3)), config, model, -(-images // config.batch_size))
 
 
 @cli.command(

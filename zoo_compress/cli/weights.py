@@ -5,9 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .common import MODEL_HELP, cli, examples, load_model, model_options
-from .factors import OUTPUT
-from .models import calibration_data
+from .common import MODEL_HELP, OUTPUT, calibration_data, cli, data_options, examples, load_model, model_options
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,11 +30,7 @@ EXCLUDE = click.option("--exclude", multiple=True, help="Pattern of parameter na
 )
 @click.option("--scope", default="global", show_default=True, help="global ranks all weights together, local those of each layer.")
 @click.option("--seed", type=int, default=0, show_default=True, help="For the random criterion.")
-@click.option(
-    "--data", "source", help="Images with labels, for criteria that look at them: imagefolder:PATH, digits, or a name timm.data takes."
-)
-@click.option("--data-root", help="Folder of the data set.")
-@click.option("--images", type=click.IntRange(min=1), default=256, show_default=True, help="How many of its training images.")
+@data_options("Images with labels, for criteria that look at them: imagefolder:PATH, digits, or a name timm.data takes.")
 @EXCLUDE
 @OUTPUT
 @model_options

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from ..errors import CompressError
 from ..structure.packed import Packing
 from ..surgery.origin import refuse_packed, stamp_packed
-from ..surgery.weights import ends, layer_weights, plain_weights_
+from ..surgery.weights import ends, layer_weights, plain_weights_, through
 from ..training.task import MethodConfig, MethodTask
 
 THRESHOLD = 0.7
@@ -62,18 +62,6 @@ def quantize(model: nn.Module, kind: str = "binary", *, exclude: Iterable[str] |
     return _settle(_wrap(copy.deepcopy(model), kind, exclude), kind)
 
 
-class _Through(torch.autograd.Function):
-    """Other values forward, and the gradient as if they were the same (straight-through estimator)."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, values: Callable[[Tensor], Tensor]) -> Tensor:
-        return values(weight)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
-
-
 class _Values(nn.Module):
     """What torch's parametrization puts between a real weight and the layer that uses it."""
 
@@ -82,7 +70,7 @@ class _Values(nn.Module):
         self.kind = kind
 
     def forward(self, weight: Tensor) -> Tensor:
-        return _Through.apply(weight, KINDS[self.kind][0])
+        return through(weight, KINDS[self.kind][0](weight.detach()))
 
 
 def _wrap(model: nn.Module, kind: str, exclude: Iterable[str] | None) -> nn.Module:

@@ -19,7 +19,7 @@ from ..structure.packed import Packing
 from ..surgery.masks import best, mask_
 from ..surgery.modules import statistics
 from ..surgery.origin import refuse_packed, stamp_packed
-from ..surgery.weights import layer_weights, plain_weights_
+from ..surgery.weights import layer_weights, plain_weights_, through
 from ..training.task import MethodConfig, MethodTask
 
 
@@ -89,16 +89,5 @@ class _Subnetwork(nn.Module):
         return best(self.scores.detach().abs().flatten(), self.count).view(self.scores.shape)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight * _Through.apply(self.scores.abs(), self.mask())
-
-
-class _Through(torch.autograd.Function):
-    """A mask forward, and its gradient as that of the scores behind it (section 3.1)."""
-
-    @staticmethod
-    def forward(ctx: Any, scores: Tensor, mask: Tensor) -> Tensor:
-        return mask.to(scores.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
+        # The gradient of the mask is that of the scores behind it (section 3.1).
+        return weight * through(self.scores.abs(), self.mask().to(weight.dtype))

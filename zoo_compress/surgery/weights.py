@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..errors import CompressError
@@ -55,6 +56,26 @@ def ends(model: nn.Module) -> list[str]:
     """
     names = list(layer_weights(model))
     return [*(_of_layers(model, "first_conv") or names[:1]), *(classifiers(model) or names[-1:])]
+
+
+class _Through(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, values: Tensor) -> Tensor:
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def through(source: Tensor, values: Tensor) -> Tensor:
+    """Some values, whose gradient reaches another tensor as if they were that (straight-through estimator, Bengio et al. 2013).
+
+    Args:
+        source: What learns.
+        values: What is computed with, of the same shape; new, and without a gradient of its own.
+    """
+    return _Through.apply(source, values)
 
 
 @torch.no_grad()
