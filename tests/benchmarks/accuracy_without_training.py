@@ -2,7 +2,7 @@
 
 Claim: with a few hundred unlabelled images, a network pretrained on ImageNet keeps most of its accuracy through pruning.
 
-tf_efficientnet_lite0 and mobilenetv2_100 with real weights (tests/pretrained.py says from where) are pruned to fractions of their MACs.
+With real weights (recipes/imagenet/weights.py says from where) tf_efficientnet_lite0 and mobilenetv2_100 are pruned to parts of their MACs.
 `--photos` is a folder of photos named by their class index (`0123.jpg`). They are split in two by turns: one part is the calibration data
 (for `reconstruct=`, for criteria that look at data, for re-estimating BatchNorm statistics), the other the test, so no test photo is ever
 calibrated on; `--both` repeats it with the parts exchanged and counts both tests together. Nothing is trained.
@@ -31,19 +31,15 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "imagenet"))
 
 import peer
-import pretrained
+import weights
 
 import zoo_compress as zc
 from zoo_compress.methods import prune as pruning
 
 BATCH = 25
-PREPROCESSING = {
-    # What torchvision's weights were trained with, where it differs from what timm assumes of its own.
-    "mobilenetv2_100": {"interpolation": "bilinear", "crop_pct": 0.875, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
-}
 PEERS = {
     "l2": ("GroupMagnitudeImportance", {"p": 2}),
     "lamp": ("LAMPImportance", {}),
@@ -56,7 +52,7 @@ FIELDS = ("model", "fold", "macs", "by", "criterion", "variant", "correct", "tes
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, required=True)
-    parser.add_argument("--models", nargs="+", default=list(pretrained.SOURCES), choices=list(pretrained.SOURCES))
+    parser.add_argument("--models", nargs="+", default=list(weights.SOURCES), choices=list(weights.SOURCES))
     parser.add_argument("--macs", nargs="+", type=float, default=[0.9, 0.8, 0.7, 0.5])
     parser.add_argument("--criteria", nargs="+", default=["l2", "lamp", "fpgm", "taylor", "thinet"])
     parser.add_argument("--both", action="store_true", help="also with the two parts exchanged")
@@ -65,7 +61,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = Rows(args.out)
     for name in args.models:
-        model = pretrained.load(name).to(memory_format=torch.channels_last)
+        model = weights.load(name).to(memory_format=torch.channels_last)
         images, labels = photos(args.photos, model, name)
         for fold in range(1 + args.both):
             data = Data(images[fold::2], labels[fold::2], images[1 - fold :: 2], labels[1 - fold :: 2])
@@ -105,7 +101,7 @@ class Data:
 
 
 def photos(folder: Path, model: nn.Module, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    config = {**resolve_model_data_config(model), **PREPROCESSING.get(name, {})}
+    config = resolve_model_data_config(model)
     transform = create_transform(**config, is_training=False)
     files = sorted(folder.glob("*.jpg"))
     images = torch.stack([transform(Image.open(file).convert("RGB")) for file in tqdm(files, desc="photos", leave=False)])

@@ -149,6 +149,38 @@ def test_image_folder_with_other_classes_for_evaluation(tmp_path):
         open_source(DataConfig(source=f"imagefolder:{tmp_path}"))
 
 
+def test_image_folder_with_a_class_map(tmp_path):
+    image_folder(tmp_path, splits=["train"], classes=["cat"])
+    image_folder(tmp_path, splits=["val"], classes=["eel", "dog"])
+    (tmp_path / "classes.txt").write_text("eel\ncat\nwild boar\ndog\n")
+    source = open_source(DataConfig(source=f"imagefolder:{tmp_path}", class_map=str(tmp_path / "classes.txt")))
+    assert source.num_classes == 4
+    assert [source.train[0][1]] == [1]
+    assert [source.test[i][1] for i in range(2)] == [3, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("cat\n", r"expected the names of all folders, found none for dog of .*train"),
+        ("cat\ndog\ncat", r"expected distinct class names, found cat twice"),
+        (" \n", "expected distinct class names, found none"),
+        (None, "expected a text file of class names"),
+    ],
+)
+def test_class_maps_that_do_not_fit(tmp_path, text, words):
+    file = image_folder(tmp_path) / "classes.txt"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(CompressError, match=f"data.class_map: .*{words}"):
+        open_source(DataConfig(source=f"imagefolder:{tmp_path}", class_map=str(file)))
+
+
+def test_class_map_is_for_folders():
+    with pytest.raises(CompressError, match=r"data\.class_map: expected it beside imagefolder:PATH, found it beside 'digits'"):
+        open_source(DataConfig(source="digits", class_map="classes.txt"))
+
+
 @pytest.mark.parametrize("name", ["digit", "imagefolder:/nowhere", "torch/no_such_set", "imagefolder:"])
 def test_unknown_sources(name):
     with pytest.raises(CompressError, match=r"expected|cannot open"):

