@@ -20,7 +20,7 @@ from zoo_compress.recipe import load_recipe
 from zoo_compress.record import read_record
 from zoo_compress.sharing.pull import pull
 from zoo_compress.sharing.recipe_text import recipe_of
-from zoo_compress.sharing.ship import cards_table, publish, ship
+from zoo_compress.sharing.ship import cards_table, publish, rebuilt, ship
 from zoo_compress.sharing.verify import verify_card
 from zoo_compress.zoo import index
 
@@ -330,6 +330,24 @@ class TestShip:
         for recipe in ("../quickstart.yaml", "/quickstart.yaml", "some//quickstart.yaml"):
             with pytest.raises(CompressError, match=r"recipe: .* found '.*quickstart\.yaml'"):
                 ship(made, HALF, recipe, **where)
+
+    def test_a_run_says_whether_it_made_the_same_weights_again(self, made, tmp_path, monkeypatch):
+        recipe = tmp_path / "recipes/quickstart.yaml"
+        assert rebuilt(made, recipe) == [f"{HALF}: the same weights as in the zoo, sha256 {index.find(HALF).sha256[:12]}…"]
+        assert rebuilt(made, tmp_path / "quickstart.yaml") == []
+        assert rebuilt(made, tmp_path / "recipes/test_byobnet_fmnist_half.yaml")[0].startswith(
+            "test_byobnet__pruned.fmnist_half: other weights"
+        )
+        recipe.parent.mkdir()
+        shutil.copyfile(ROOT / "recipes/quickstart.yaml", recipe)
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "runs").mkdir()
+        made.rename("runs/quickstart")
+        assert f"{HALF}: the same weights as in the zoo" in invoke("run", "recipes/quickstart.yaml").output
+        shutil.copyfile(
+            index.find("test_byobnet__pruned.fmnist_half").folder / "model.safetensors", "runs/quickstart/model/model.safetensors"
+        )
+        assert f"{HALF}: other weights than in the zoo" in invoke("run", "recipes/quickstart.yaml").output
 
     def test_another_name(self, made, tmp_path):
         with pytest.raises(CompressError, match=r"expected test_resnet__pruned\.TAG"):

@@ -24,10 +24,12 @@ from .common import cli, examples
 def run(recipe: Path, fresh: bool, seed: int | None) -> None:
     """Run RECIPE, or what is left of it, and print its table.
 
-    A run that was stopped goes on after its last epoch and ends with the same numbers. A finished one is not run again.
+    A run that was stopped goes on after its last epoch and ends with the same numbers. A finished one is not run again. Of a recipe that
+    made a variant of the zoo, the hash of the weights is compared with the zoo's.
     """
     from ..record import format_table
     from ..runner import run as run_recipe
+    from ..sharing.ship import rebuilt
 
     try:
         record = run_recipe(recipe, fresh=fresh, seed=seed)
@@ -36,6 +38,8 @@ def run(recipe: Path, fresh: bool, seed: int | None) -> None:
         raise SystemExit(130) from None
     if record.table:
         click.echo(format_table(record.table))
+    for line in rebuilt(str(record.recipe["output"]), recipe) if seed is None else ():
+        click.echo(line)
 
 
 SEEDS = click.option("--seeds", type=int, multiple=True, default=(0, 1, 2), show_default=True, help="A seed to run with; repeat for more.")

@@ -72,6 +72,30 @@ def ship(
     return entry
 
 
+def rebuilt(directory: str | Path, recipe: str | Path, file: str | Path = index.INDEX) -> list[str]:
+    """Whether a finished run made what the index says its recipe makes.
+
+    Args:
+        directory: Output folder of the run.
+        recipe: Path of the recipe; the index knows those of folders named `recipes`.
+        file: The index.
+
+    Returns:
+        A line for each variant that the index has of this recipe. Other weights are no error: machines and versions round differently.
+    """
+    name = Path(recipe).absolute().as_posix().rpartition("/recipes/")[2]
+    folder = card.saved_folder(Path(directory))
+    lines = []
+    for entry in index.read(Path(file)).variants:
+        if folder is not None and entry.recipe == name:
+            found = digest(folder / WEIGHTS)
+            same = f"the same weights as in the zoo, sha256 {found[:12]}…"
+            other = f"other weights than in the zoo (expected sha256 {entry.sha256[:12]}…, found {found[:12]}…)"
+            verdict = same if found == entry.sha256 else f"{other}: another machine, version or set of images gives others"
+            lines.append(f"{entry.name}: {verdict}")
+    return lines
+
+
 def _entry(record: Record, folder: Path, name: str, recipe: str) -> index.Entry:
     first: Row = record.table[0]
     last: Row = record.table[-1]
