@@ -107,6 +107,33 @@ def test_command(tmp_path):
     assert CliRunner().invoke(cli, ["export", HALF]).exit_code == 2
 
 
+def test_every_width_and_exit(tmp_path):
+    net = zc.slim(zc.add_exits(timm.create_model("test_resnet", num_classes=10, in_chans=1), 2), (0.5, 1.0)).eval()
+    save(net, tmp_path / "net")
+    sizes = {}
+    for width, number in ((None, None), (0.5, None), (0.5, 1), (1.0, 0)):
+        options = (("--width", width), ("--exit", number))
+        given = [str(word) for option in options if option[1] is not None for word in option]
+        run = CliRunner().invoke(cli, ["export", str(tmp_path / "net"), "--onnx", str(tmp_path / "m.onnx"), *given])
+        assert run.exit_code == 0, run.output
+        sizes[width, number] = (tmp_path / "m.onnx").stat().st_size
+        part, images = export.part(net, width, number), torch.randn(2, 1, 160, 160)
+        net.set_width(width or 1.0)
+        with torch.no_grad():
+            assert torch.equal(part(images), net(images) if number is None else net.infer(images, exit=number))
+    assert sizes[None, None] > sizes[0.5, None] > sizes[0.5, 1]
+    assert sizes[None, None] > sizes[1.0, 0]
+
+
+def test_parts_that_are_not_there(model):
+    with pytest.raises(CompressError, match=r"width: expected none, ResNet is not slimmable, found 0\.5"):
+        export.part(model, width=0.5)
+    with pytest.raises(CompressError, match="exit: expected none, ResNet has no early exits, found 1"):
+        export.part(model, exit=1)
+    with pytest.raises(CompressError, match="exit: expected 0 to 1, an early exit, found 2"):
+        export.part(zc.add_exits(timm.create_model("test_resnet"), 2), exit=2)
+
+
 @pytest.mark.parametrize("kind", ["published", "saved"])
 def test_as_an_encoder_of_somebody_elses_network(kind, tmp_path):
     """segmentation_models_pytorch makes a U-Net around any backbone that timm's factory makes by name."""

@@ -153,15 +153,28 @@ def ship(directory: Path, name: str, recipe: str, cards: Path, file: Path | None
         "zoo-compress export test_byobnet__pruned.fmnist_half --onnx model.onnx",
         "zoo-compress export runs/quickstart/model --onnx model.onnx --program model.pt2 --data digits",
         "zoo-compress export runs/quickstart/model --int8 model.onnx --data digits",
+        "zoo-compress export runs/fmnist_slim/model --width 0.5 --onnx half.onnx",
+        "zoo-compress export runs/fmnist_exits_joint/model --exit 2 --onnx short.onnx",
     )
 )
 @click.argument("name")
 @click.option("--onnx", type=click.Path(path_type=Path, dir_okay=False), help="Write ONNX to this file and compare it in onnxruntime.")
 @click.option("--program", type=click.Path(path_type=Path, dir_okay=False), help="Write torch.export's program to this file.")
 @click.option("--int8", type=click.Path(path_type=Path, dir_okay=False), help="Write ONNX in eight bits to this file; needs data.")
+@click.option("--width", type=float, help="Of a slimmable network, the width; the widest unless given.")
+@click.option("--exit", type=int, help="Of a network with early exits, the one where it ends, from 0; its own end unless given.")
 @click.option("--data", "source", help="Images to compare on; those of the card unless given, noise if there is none.")
 @click.option("--data-root", help="Folder of the data set.")
-def export(name: str, onnx: Path | None, program: Path | None, int8: Path | None, source: str | None, data_root: str | None) -> None:
+def export(
+    name: str,
+    onnx: Path | None,
+    program: Path | None,
+    int8: Path | None,
+    width: float | None,
+    exit: int | None,
+    source: str | None,
+    data_root: str | None,
+) -> None:
     """Export a model to ONNX or as a torch.export program, any batch size, outputs compared with the model's own to 1e-4.
 
     With --int8, weights and activations have eight bits, and accuracy and time of both files are printed: those are not the same.
@@ -171,6 +184,7 @@ def export(name: str, onnx: Path | None, program: Path | None, int8: Path | None
     if onnx is None and program is None and int8 is None:
         raise CompressError("export: expected --onnx FILE, --program FILE or --int8 FILE, found none")
     model, data = exporting.open_for_export(name, source, data_root)
+    model = exporting.part(model, width, exit)
     for kind, path, write in (("ONNX", onnx, exporting.export_onnx), ("program", program, exporting.export_program)):
         if path is not None:
             done = write(model, path, data)

@@ -15,6 +15,7 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from ..errors import CompressError
+from ..methods.slimmable import Slimmable
 from ..plugin.hub import load
 from ..surgery.exits import ExitsModel
 from ..training.config import DataConfig
@@ -61,6 +62,28 @@ def open_for_export(name: str, source: str | None = None, data_root: str | None 
         except CompressError:
             return model, None  # a card is not needed for this
         return model, data if data_root is None else data.model_copy(update={"root": data_root})
+
+
+def part(model: nn.Module, width: float | None = None, exit: int | None = None) -> nn.Module:
+    """A model without choices, for formats that know none: of a slimmable network one width, of a network with early exits one end.
+
+    Args:
+        model: Any model; of one that is neither, nothing is a part.
+        width: Fraction of the width; None takes a slimmable network's chosen one.
+        exit: Number of an early exit, from 0; None takes the network's own end.
+
+    Raises:
+        CompressError: It has no widths or no exits, or not that one.
+    """
+    if isinstance(model, Slimmable):
+        return model.export(width, exit=exit)
+    if width is not None:
+        raise CompressError(f"width: expected none, {type(model).__name__} is not slimmable, found {width:g}")
+    if exit is None:
+        return model
+    if not isinstance(model, ExitsModel):
+        raise CompressError(f"exit: expected none, {type(model).__name__} has no early exits, found {exit}")
+    return model.export(exit)
 
 
 def comparison_images(model: nn.Module, data: DataConfig | None, count: int = IMAGES) -> torch.Tensor:
