@@ -84,6 +84,13 @@ def test_what_is_trained(net, images, train, heads_move, trunk_moves):
     assert bool({name for name in moved if not name.startswith("exits.")}) == trunk_moves
 
 
+@pytest.mark.parametrize("train", ["joint", "heads", "main"])
+def test_what_was_frozen_trains_again_afterwards(net, train):
+    first = next(net.parameters()).requires_grad_(False)  # as its owner wants it
+    task(net, train=train).end()
+    assert [parameter for parameter in net.parameters() if not parameter.requires_grad] == [first]
+
+
 def test_joint_training_lowers_the_loss_of_every_exit(net, images):
     wrapped = task(net)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05)

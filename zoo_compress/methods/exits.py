@@ -120,7 +120,7 @@ def _number(value: object) -> bool:
 
 
 class ExitsTask(MethodTask):
-    """Trains all exits of a network at once, each with the loss of another task.
+    """Trains all exits of a network at once, each with the loss of another task. What it freezes, `end` lets go of.
 
     Args:
         task: What each exit is to learn, such as `timm.task.ClassificationTask` or `LogitDistillationTask`, of a network with exits.
@@ -141,7 +141,7 @@ class ExitsTask(MethodTask):
         self.config = config or ExitsConfig()
         self.weights = self.config.weights_of(len(self.net.exits))
         self.frozen = self.config.train == "heads"
-        self._freeze(self.net)
+        self._frozen_parameters = self._freeze(self.net)
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
         """Loss and logits.
@@ -178,11 +178,21 @@ class ExitsTask(MethodTask):
                 child.train(child is self.net.exits)
         return self
 
-    def _freeze(self, net: ExitsModel) -> None:
+    def _freeze(self, net: ExitsModel) -> tuple[nn.Parameter, ...]:
+        """Let only what is to be trained take gradients; returns the parameters that took them before and do not now."""
+        if self.config.train == "joint":
+            return ()
         heads = {id(p) for p in net.exits.parameters()}
-        if self.config.train != "joint":
-            for parameter in net.parameters():
-                parameter.requires_grad_((id(parameter) in heads) == (self.config.train == "heads"))
+        frozen = tuple(p for p in net.parameters() if p.requires_grad and (id(p) in heads) != (self.config.train == "heads"))
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        return frozen
+
+    def end(self) -> None:
+        """Let go of what was frozen: the same network can be trained otherwise afterwards."""
+        for parameter in self._frozen_parameters:
+            parameter.requires_grad_(True)
+        super().end()
 
     def imitate(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The weighted sum of the exits' cross-entropies with soft labels."""
