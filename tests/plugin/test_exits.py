@@ -127,8 +127,11 @@ def test_bad_exits(exits, said):
 
 
 def test_other_bad_arguments(net):
-    with pytest.raises(CompressError, match="expected exits=, found keep="):
+    with pytest.raises(CompressError, match="expected exits=, grid=, found keep="):
         timm.create_model(NAME, exits=2, keep=0.5)
+    for grid in (0, 17, 2.0, True):
+        with pytest.raises(CompressError, match=f"grid: expected 1 to 16 parts of each side of a map, found {grid}"):
+            timm.create_model(NAME, exits=2, grid=grid, **SIZE)
     with pytest.raises(CompressError, match="has exits already"):
         zc.add_exits(net, 2)
     with pytest.raises(CompressError, match="made by timm"):
@@ -143,6 +146,7 @@ def test_other_bad_arguments(net):
         (lambda exits: exits["places"][0].update(place="layer4"), "does not run after"),
         (lambda exits: exits["places"][0].update(format="NHWC"), "in format NHWC"),
         (lambda exits: exits["places"][0].update(leaf=3), "features"),
+        (lambda exits: exits["places"][0].update(grid=16), r"exits\.0\.fc\.weight"),
         (lambda exits: exits.update(thresholds=[2, 2, 2]), "thresholds"),
         (lambda exits: exits["places"].pop(), "tensor 'exits.2"),
     ],

@@ -32,6 +32,8 @@ def test_variant_carries_exits_and_is_silent_without():
         ({"places": [{**PLACE, "format": "HCWN"}]}, "format"),
         ({"places": [{**PLACE, "pool": "first"}]}, "class token"),
         ({"places": [{**PLACE, "leaf": -1}]}, "leaf"),
+        ({"places": [{**PLACE, "grid": 17}]}, "grid"),
+        ({"places": [{**PLACE, "format": "NLC", "grid": 2}]}, "expected 1 where there is no map"),
         ({"places": [PLACE], "thresholds": [0.5, 0.5]}, "thresholds"),
         ({"places": [PLACE], "thresholds": [1.5]}, "less than or equal to 1"),
         ({"places": [PLACE], "thresholds": [float("nan")]}, "thresholds"),

@@ -70,6 +70,24 @@ def test_it_stays_the_model_it_was(net, images):
     assert net.feature_info == base.feature_info
 
 
+@pytest.mark.parametrize("name", ["test_resnet", "swin_tiny_patch4_window7_224"])
+def test_heads_of_maps_read_the_means_of_their_parts(name):
+    size = {"img_size": 64, "window_size": 4} if name.startswith("swin") else {}
+    net, images = make(name, 2, **size), torch.randn(2, 3, 64, 64)
+    seen = {}
+    for exit in net.record.places:
+        net.get_submodule(exit.place).register_forward_hook(lambda module, args, out, place=exit.place: seen.update({place: out}))
+    logits = every(net, images)
+    assert {exit.grid for exit in net.record.places} == {4}
+    for exit, head, found in zip(net.record.places, net.exits, logits, strict=False):
+        maps = seen[exit.place] if exit.format == "NHWC" else seen[exit.place].permute(0, 2, 3, 1)
+        step = maps.shape[1] // 4
+        assert maps.shape[1] == maps.shape[2] == 4 * step
+        means = [maps[:, step * i : step * (i + 1), step * j : step * (j + 1)].mean((1, 2)) for i in range(4) for j in range(4)]
+        normed = [F.layer_norm(mean, mean.shape[1:], head.norm.weight, head.norm.bias) for mean in means]
+        torch.testing.assert_close(F.linear(torch.cat(normed, 1), head.fc.weight, head.fc.bias), found, rtol=1e-4, atol=1e-4)
+
+
 def test_train_mode_gives_all_logits_and_eval_mode_runs_no_head(net, images):
     net = copy.deepcopy(net)
     seen = calls(net)
@@ -212,7 +230,7 @@ def test_costs_are_the_layouts_macs(net):
 def test_layout_prune_and_proofs(net, images):
     layout = zc.analyze(net)
     for i in range(3):
-        assert layout.params[f"exits.{i}.fc.weight"][1] == layout.params[f"exits.{i}.norm.weight"][0]
+        assert str(layout.params[f"exits.{i}.fc.weight"][1]) == f"16 {layout.params[f'exits.{i}.norm.weight'][0]}"
         assert not layout.axes[layout.params[f"exits.{i}.norm.weight"][0]].frozen
     assert zc.verify(net, layout).permutation_error < 1e-9
     small = zc.prune(net, macs=0.5, layout=layout)
@@ -269,7 +287,7 @@ def test_reset_classifier_renews_every_head(images):
     short.reset_classifier(3)
     assert short(images).shape == (9, 3)
     net.reset_classifier(0)
-    assert [out.shape[1] for out in every(net, images)[:-1]] == [head.norm.normalized_shape[0] for head in net.exits]
+    assert [out.shape[1] for out in every(net, images)[:-1]] == [16 * exit.features for exit in net.record.places]
 
 
 @pytest.mark.parametrize(

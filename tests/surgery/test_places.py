@@ -77,6 +77,34 @@ def test_no_exit_is_at_the_very_end(name):
     assert all(found[exit.place].fraction < 0.97 for exit in chosen(model, 4))
 
 
+def test_a_grid_is_as_fine_as_the_head_stays_small(model):
+    def grids(classes, grid=None):
+        model.num_classes = classes
+        found = choose(model, default_input(model), 3, grid)[0]
+        return [(exit.grid, exit.features) for exit in found]
+
+    parameters, classes = sum(parameter.numel() for parameter in model.parameters()), model.num_classes
+    try:
+        few, many = grids(10), grids(500)
+        for number, exits in ((10, few), (500, many)):
+            for grid, features in exits:
+                assert grid == 1 or grid**2 * features * number <= 0.05 * parameters
+                assert grid == 4 or (grid + 1) ** 2 * features * number > 0.05 * parameters
+        assert few > many
+        assert {grid for grid, _ in grids(500, grid=3)} == {3}
+        assert {grid for grid, _ in grids(0)} == {1}
+    finally:
+        model.num_classes = classes
+
+
+def test_a_grid_is_no_finer_than_the_map():
+    net = zc.add_exits(
+        timm.create_model("test_resnet", num_classes=10, pretrained_cfg_overlay={"input_size": (3, 32, 32)}), ["layer3"], grid=16
+    )
+    assert net.record.places[0].grid == 2
+    assert net.exits[0].fc.in_features == 4 * net.record.places[0].features
+
+
 def test_names_are_put_in_the_order_they_run(vit):
     assert [e.place for e in chosen(vit, ("blocks.3", "blocks.1"))] == ["blocks.1", "blocks.3"]
 

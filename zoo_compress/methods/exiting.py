@@ -13,7 +13,7 @@ from torch import nn
 from ..errors import CompressError
 from ..profiling.sampled import Sampled
 from ..profiling.settings import Adjustable, Value
-from ..structure.exits import Exits
+from ..structure.exits import MAX_GRID, Exits
 from ..structure.variant import Variant, record
 from ..surgery.elastic import Elastic
 from ..surgery.exits import ExitsModel, attach_
@@ -71,7 +71,7 @@ def attach_exits_(model: nn.Module, record: Exits, boundaries: tuple[Boundary, .
     return attach_(model, record, boundaries, Exiting)
 
 
-def add_exits(model: nn.Module, exits: int | float | str | Sequence[str] | Sequence[float]) -> nn.Module:
+def add_exits(model: nn.Module, exits: int | float | str | Sequence[str] | Sequence[float], grid: int | None = None) -> nn.Module:
     """A copy of a timm model with early exits, whose heads have random weights. It stays a timm model of its own class.
 
     Exits are modules between which nothing else of the batch is alive, where there are such, so that samples can leave there:
@@ -81,11 +81,15 @@ def add_exits(model: nn.Module, exits: int | float | str | Sequence[str] | Seque
     Args:
         model: A model that timm's factory made, pruned or not.
         exits: How many early exits, at evenly spaced fractions of the MACs; or those fractions; or the names of modules.
+        grid: Heads that read maps take the means of grid × grid parts of them, or of as many as a map has. None takes 4 × 4, or fewer where
+            a head would otherwise have more than a twentieth of the model's parameters.
 
     Raises:
         CompressError: If there are no such places, with what there is, or why samples cannot leave there.
     """
     wanted = check_wanted(exits)
+    if grid is not None and (not isinstance(grid, int) or isinstance(grid, bool) or not 1 <= grid <= MAX_GRID):
+        raise CompressError(f"grid: expected 1 to {MAX_GRID} parts of each side of a map, found {grid!r}")
     if not isinstance(model, nn.Module):
         raise CompressError(f"exits: expected a model, found {type(model).__name__}")
     if isinstance(model, ExitsModel):
@@ -100,7 +104,7 @@ def add_exits(model: nn.Module, exits: int | float | str | Sequence[str] | Seque
         raise CompressError(f"exits: expected a model made by timm, which says what it takes; {type(model).__name__} does not")
     if source.previous is not None and source.previous.exits is not None:
         raise CompressError("exits: the model has exits already")
-    places, boundaries = choose(model, default_input(model), wanted)
+    places, boundaries = choose(model, default_input(model), wanted, grid)
     chosen = Exits(places=tuple(places))
     net = attach_exits_(copy.deepcopy(model), chosen, boundaries)
     stamp(net, _record(net, chosen, source))

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import field_validator
+from pydantic import Field, field_validator, model_validator
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import nn
 from torch.nn import functional as F
 
 from ..errors import CompressError
-from ..structure.exits import Confidence
+from ..structure.exits import MAX_GRID, Confidence
 from ..surgery.exits import ExitsModel
 from ..surgery.places import check_wanted
 from ..training.config import Fraction, Positive
@@ -29,6 +29,7 @@ class ExitsConfig(MethodConfig):
 
     Attributes:
         exits: how many exits, or where, as for `zoo_compress.add_exits`; None for a network that has them.
+        grid: of their heads, as for `zoo_compress.add_exits`.
         weights: of the losses, one an exit and last the network's own end; or a preset. `equal` averages them. `msdnet` adds them up
             (Huang et al. 2018, section 4: weight 1 for all). `branchynet` gives early exits 1 and the end 0.3 (Teerapittayanon et al.
             2016, section IV: more weight on early exits makes the later ones better).
@@ -45,6 +46,7 @@ class ExitsConfig(MethodConfig):
     inner = True
     kind: Literal["exits"] = "exits"
     exits: int | tuple[str, ...] | tuple[float, ...] | None = None
+    grid: Annotated[int, Field(ge=1, le=MAX_GRID)] | None = None
     weights: str | tuple[float, ...] = "equal"
     distill: Fraction = 0.0
     temperature: Positive = 2.0
@@ -71,13 +73,19 @@ class ExitsConfig(MethodConfig):
             raise ValueError(f"expected one of {', '.join(_PRESETS)}, or a number an exit, found {weights!r}")
         return weights
 
+    @model_validator(mode="after")
+    def _grid_of_new_heads(self) -> ExitsConfig:
+        if self.grid is not None and self.exits is None:
+            raise ValueError(f"expected no grid without exits, whose heads it is of, found {self.grid}")
+        return self
+
     @property
     def needs_held_out(self) -> bool:
         return self.budget is not None
 
     def wrap(self, model: nn.Module) -> nn.Module:
         if self.exits is not None:
-            return add_exits(model, self.exits)
+            return add_exits(model, self.exits, self.grid)
         if not isinstance(model, ExitsModel):
             raise CompressError(f"exits: expected how many exits, or where, for {type(model).__name__}, which has none; found neither")
         return model

@@ -11,7 +11,7 @@ from .request import Request, answer
 
 __all__ = ["create"]
 
-OPTIONS = ("exits",)
+OPTIONS = ("exits", "grid")
 """Arguments of `zoo_compress.add_exits`."""
 
 
@@ -23,7 +23,7 @@ def create(base: str, **kwargs: Any) -> nn.Module:
         **kwargs: timm's factory arguments and the base's own, as for `<base>__pruned`, and either
 
             - `variant`: a record, as config.json holds it. With `pretrained=True` weights come from where the cfg points to; or
-            - `exits`: how many, or where; see `zoo_compress.add_exits`. With `pretrained=True` the trunk has the base's weights
+            - `exits`: how many, or where, and `grid`; see `zoo_compress.add_exits`. With `pretrained=True` the trunk has the base's weights
               (`base_tag` chooses which) and the heads have random ones.
 
     Returns:
@@ -41,7 +41,7 @@ def _create(request: Request) -> nn.Module:
     variant = request.stored()
     if variant is not None:
         return request.restore(variant)[0]
-    wanted = request.chosen(OPTIONS).get("exits")
-    if wanted is None:
+    options = request.chosen(OPTIONS)
+    if options.get("exits") is None:
         raise CompressError(f"{request.name}: expected exits= (how many, or where) or variant= (a stored record), found none")
-    return request.rebuild(add_exits(request.base_model("weights of %s, with exits that are not trained"), wanted))
+    return request.rebuild(add_exits(request.base_model("weights of %s, with exits that are not trained"), **options))

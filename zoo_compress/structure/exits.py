@@ -13,10 +13,12 @@ from ..errors import CompressError
 
 Format = Literal["NC", "NCL", "NLC", "NCHW", "NHWC"]
 """Dimensions of what an exit reads, in timm's letters."""
+MAPS: tuple[Format, ...] = ("NCHW", "NHWC")
 Confidence = Literal["max_softmax", "entropy", "margin"]
 CONFIDENCES: tuple[str, ...] = get_args(Confidence)
 
 MAX_EXITS = 256
+MAX_GRID = 16
 
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
@@ -29,6 +31,8 @@ class Exit(BaseModel):
         leaf: Which tensor of that output, where it is a tuple, list or dict.
         format: Dimensions of that tensor.
         pool: `mean` over all positions, or the `first` one (a class token).
+        grid: Into so many parts each side of a map is divided before the mean of each part is taken (Kaya et al. 2019, Shallow-Deep
+            Networks, section 4: what an early layer sees where is most of what it knows); 1 takes the mean of the whole.
         features: Elements along its channel dimension, in the base.
     """
 
@@ -38,12 +42,15 @@ class Exit(BaseModel):
     leaf: Annotated[int, Field(ge=0, lt=64)] = 0
     format: Format
     pool: Literal["mean", "first"] = "mean"
+    grid: Annotated[int, Field(ge=1, le=MAX_GRID)] = 1
     features: Annotated[int, Field(ge=1, le=2**24)]
 
     @model_validator(mode="after")
     def _first_of_a_sequence(self) -> Exit:
         if self.pool == "first" and self.format != "NLC":
             raise ValueError(f"pool 'first' takes a class token of a sequence (NLC), found format {self.format}")
+        if self.grid > 1 and self.format not in MAPS:
+            raise ValueError(f"grid: expected 1 where there is no map, found {self.grid} in format {self.format}")
         return self
 
 

@@ -107,7 +107,7 @@ class ExitsModel(nn.Module):
             return super().forward_head(x, *args, **kwargs)  # type: ignore[misc]
         head: Any = self.exits[0]
         pre_logits = args[0] if args else kwargs.get("pre_logits", False)
-        return head.norm(head.pooled(x)) if pre_logits else head(x)
+        return head.features(head.pooled(x)) if pre_logits else head(x)
 
     def get_classifier(self) -> Any:
         """The last classifier there is."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,7 +18,7 @@ from .rows import Boundary, Stop, Visitor, select
 
 
 class Head(nn.Module):
-    """Classifier of an early exit: pooling, LayerNorm, linear. Without classes, the normalised features.
+    """Classifier of an early exit: pooling, LayerNorm over channels, linear. Without classes, the normalised features.
 
     Args:
         exit: What it reads.
@@ -26,26 +27,34 @@ class Head(nn.Module):
 
     def __init__(self, exit: Exit, num_classes: int) -> None:
         super().__init__()
-        self.format, self.pool = exit.format, exit.pool
+        self.format, self.pool, self.grid = exit.format, exit.pool, exit.grid
         self.norm = nn.LayerNorm(exit.features)
-        self.fc: nn.Module = nn.Linear(exit.features, num_classes) if num_classes else nn.Identity()
+        self.fc = self._classifier(num_classes)
 
     def pooled(self, x: torch.Tensor) -> torch.Tensor:
-        """Features of each sample, (batch, features), of a tensor in the exit's format."""
+        """Means of each sample, (batch, channels), or of a grid's parts (batch, parts, channels), of a tensor in the exit's format."""
         if self.pool == "first":
             return x[:, 0].clone()  # later modules may change what they are given
+        if self.grid > 1:
+            maps = x if self.format == "NCHW" else x.permute(0, 3, 1, 2)
+            return F.adaptive_avg_pool2d(maps, self.grid).flatten(2).transpose(1, 2)
         positions = [d for d, letter in enumerate(self.format) if letter not in "NC"]
         return x.mean(positions) if positions else x.clone()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (batch, classes) of a tensor in the exit's format."""
-        return self.fc(self.norm(self.pooled(x)))
+        return self.fc(self.features(self.pooled(x)))
+
+    def features(self, pooled: torch.Tensor) -> torch.Tensor:
+        """What the classifier reads, (batch, features), of what was pooled."""
+        return self.norm(pooled).flatten(1)
 
     def reset(self, num_classes: int) -> None:
         """Make a new classifier, as the model does when it gets a new one."""
-        features = self.norm.normalized_shape[0]
-        fc = nn.Linear(features, num_classes) if num_classes else nn.Identity()
-        self.fc = fc.to(self.norm.weight.device, self.norm.weight.dtype)
+        self.fc = self._classifier(num_classes).to(self.norm.weight.device, self.norm.weight.dtype)
+
+    def _classifier(self, num_classes: int) -> nn.Module:
+        return nn.Linear(self.norm.normalized_shape[0] * self.grid**2, num_classes) if num_classes else nn.Identity()
 
 
 def max_softmax(logits: torch.Tensor) -> torch.Tensor:
@@ -143,7 +152,7 @@ class Every(Visitor):
     def logits(self) -> list[torch.Tensor]:
         """Of every exit, when the forward pass is over."""
         heads: Any = self.heads
-        return [head.fc(head.norm(self.pooled[i])) for i, head in enumerate(heads)]
+        return [head.fc(head.features(self.pooled[i])) for i, head in enumerate(heads)]
 
 
 class Until(Visitor):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import AnalysisError, CompressError
 from ..structure import unify as u
-from ..structure.exits import MAX_EXITS, Exit, Format
+from ..structure.exits import MAPS, MAX_EXITS, MAX_GRID, Exit, Format
 from .proof import Proof, Trial
 from .rows import Boundary
 from .trace import BATCH, run_traced
@@ -51,12 +52,13 @@ class Place:
     block: bool
 
 
-def places(model: nn.Module, example: torch.Tensor) -> list[Place]:
+def places(model: nn.Module, example: torch.Tensor, grid: int | None = None) -> list[Place]:
     """Every module boundary of a model's forward pass, in the order they are reached. Nothing is computed: tensors have no data.
 
     Args:
         model: The model.
         example: A batch of two; only its shape and dtype are used.
+        grid: See `choose`.
 
     Raises:
         AnalysisError: If the model does not run.
@@ -76,10 +78,13 @@ def places(model: nn.Module, example: torch.Tensor) -> list[Place]:
     # How many dimensions of parameters each axis runs along: many for channels, few for positions (an embedding of them, a mixer).
     along = Counter(v for terms in parameters.values() for term in terms for v in u.variables(term))
     token = bool(getattr(model, "num_prefix_tokens", 0)) and getattr(model, "global_pool", "token") == "token"
+    classes = getattr(model, "num_classes", 0)
+    room = HEAD * sum(parameter.numel() for parameter in model.parameters()) / classes if classes else 0
+    finest = functools.partial(_finest, grid=grid, room=room)
     found = []
     for end in record.ends:
         # Before anything has mixed positions, a class token knows nothing of the image.
-        exit, why = _exit(end, along, token and end.step >= record.uses.mixed)
+        exit, why = _exit(end, along, token and end.step >= record.uses.mixed, finest)
         parent, _, _ = end.path.rpartition(".")
         listed = not parent or isinstance(model.get_submodule(parent), (nn.Sequential, nn.ModuleList, nn.ModuleDict))
         block = any(True for _ in model.get_submodule(end.path).children())
@@ -89,7 +94,7 @@ def places(model: nn.Module, example: torch.Tensor) -> list[Place]:
 
 
 def choose(
-    model: nn.Module, example: torch.Tensor, wanted: int | Sequence[str] | Sequence[float]
+    model: nn.Module, example: torch.Tensor, wanted: int | Sequence[str] | Sequence[float], grid: int | None = None
 ) -> tuple[list[Exit], tuple[Boundary, ...]]:
     """The exits a user asked for, each proven by letting rows leave there.
 
@@ -97,6 +102,7 @@ def choose(
         model: The model.
         example: A batch of two; only its shape and dtype are used.
         wanted: How many, at evenly spaced fractions of the MACs; or at these fractions; or the names of modules.
+        grid: Of exits that read maps; None takes the finest up to `GRID` whose head has at most `HEAD` of the model's parameters.
 
     Returns:
         The exits, and how rows leave there.
@@ -104,7 +110,7 @@ def choose(
     Raises:
         CompressError: If there is no such place, or rows cannot leave there; says why.
     """
-    found = places(model, example)
+    found = places(model, example, grid)
     if isinstance(wanted, int) or not isinstance(wanted[0], str):
         fractions = [(i + 1) / (wanted + 1) for i in range(wanted)] if isinstance(wanted, int) else [float(f) for f in wanted]
         return _nearest(model, example, found, fractions)
@@ -183,6 +189,12 @@ def _nearest(model: nn.Module, example: torch.Tensor, found: list[Place], fracti
         # Each alone is fine and together they are not: give up the last, which another takes the place of.
         bad |= alone or {picked[-1].path: "not together with the others"}
 
+
+GRID = 4
+"""Finest grid of maps that a head pools to by default: 16 means of each channel."""
+
+HEAD = 0.05
+"""Most parameters of a head whose grid was not asked for, as a fraction of the model's."""
 
 LAST = 0.97
 """Exits later than this fraction of the MACs save nothing worth a head."""
@@ -328,7 +340,7 @@ class _Uses(TorchDispatchMode):
         return out
 
 
-def _exit(end: _End, along: Counter[Any], token: bool) -> tuple[Exit | None, str]:
+def _exit(end: _End, along: Counter[Any], token: bool, finest: Callable[[Format, tuple[int, ...]], int]) -> tuple[Exit | None, str]:
     """The exit at a module's end: the first tensor it gives whose rows are samples and along which an axis of the layout runs."""
     why = "it gives no tensor of floats whose rows are the samples"
     for i, (shape, terms, floats) in enumerate(end.leaves):
@@ -340,8 +352,17 @@ def _exit(end: _End, along: Counter[Any], token: bool) -> tuple[Exit | None, str
             continue
         format = _FORMATS[len(shape), channel]
         pool = "first" if token and format == "NLC" else "mean"
-        return Exit(place=end.path, leaf=i, format=format, pool=pool, features=shape[channel]), ""  # type: ignore[arg-type]
+        return Exit(place=end.path, leaf=i, format=format, pool=pool, grid=finest(format, shape), features=shape[channel]), ""  # type: ignore[arg-type]
     return None, why
+
+
+def _finest(format: Format, shape: tuple[int, ...], grid: int | None, room: float) -> int:
+    """The grid of an exit that reads a tensor of this shape, whose head may have `room` features."""
+    if format not in MAPS:
+        return 1
+    sizes = dict(zip(format, shape, strict=True))
+    fits = math.isqrt(int(room // sizes["C"])) if grid is None else grid
+    return max(1, min(fits, GRID if grid is None else MAX_GRID, sizes["H"], sizes["W"]))
 
 
 _FORMATS: dict[tuple[int, int], Format] = {(2, 1): "NC", (3, 1): "NCL", (3, 2): "NLC", (4, 1): "NCHW", (4, 3): "NHWC"}
