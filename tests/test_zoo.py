@@ -145,6 +145,15 @@ class TestNames:
         assert "top-1 98.87%" in invoke("eval", HALF, "--data", "digits").output
 
 
+@pytest.mark.parametrize("entry", [entry for entry in ENTRIES if not entry.checkpoint], ids=lambda entry: entry.name)
+def test_what_only_a_recipe_makes_says_so(entry):
+    assert (ROOT / "recipes" / entry.recipe).is_file()
+    with pytest.raises(
+        CompressError, match=rf"no published checkpoint '{entry.tag}'; its recipe makes it: zoo-compress run recipes/{entry.recipe}"
+    ):
+        timm.create_model(entry.name, pretrained=True)
+
+
 class TestList:
     def test_by_name_or_base(self):
         assert [v.name for v in zc.list_variants()] == sorted(entry.name for entry in ENTRIES)

@@ -240,7 +240,7 @@ def _resolve(name: str, cfg: str | dict[str, Any] | PretrainedCfg | None, overla
         raise CompressError(
             f"{name}: there is no published checkpoint {cfg!r}; "
             + (
-                f"its recipe makes it: zoo-compress run {recipe}"
+                f"its recipe makes it: zoo-compress run recipes/{recipe}"
                 if recipe
                 else "zoo_compress.list_variants() lists those there are, and without a tag, pretrained=True starts from the base's "
                 "weights (base_tag= chooses which)"
