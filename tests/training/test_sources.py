@@ -152,6 +152,7 @@ def test_image_folder_with_other_classes_for_evaluation(tmp_path):
 def test_image_folder_with_a_class_map(tmp_path):
     image_folder(tmp_path, splits=["train"], classes=["cat"])
     image_folder(tmp_path, splits=["val"], classes=["eel", "dog"])
+    (tmp_path / "train" / "notes.txt").write_text("no image")
     (tmp_path / "classes.txt").write_text("eel\ncat\nwild boar\ndog\n")
     source = open_source(DataConfig(source=f"imagefolder:{tmp_path}", class_map=str(tmp_path / "classes.txt")))
     assert source.num_classes == 4

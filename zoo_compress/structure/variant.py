@@ -22,22 +22,8 @@ VERSION: Literal[1] = 1
 
 OPTIONS = frozenset(
     {"variant", "keep", "macs", "params", "latency", "criterion", "scope", "round_to", "min_keep", "exclude", "seed", "base_tag"}
-    | {
-        "batch_size",
-        "threads",
-        "widths",
-        "universal",
-        "r",
-        "s",
-        "exits",
-        "grid",
-        "density",
-        "pattern",
-        "bits",
-        "energy",
-        "scheme",
-        "multiplier",
-    }
+    | {"batch_size", "threads", "widths", "universal", "r", "s", "exits", "grid"}
+    | {"density", "pattern", "bits", "energy", "scheme", "multiplier"}
 )
 """Arguments of the plugin's entrypoints that say how to compress; never arguments of a base."""
 

@@ -265,7 +265,7 @@ def _imagefolder(path: Path, class_map: str | None, in_chans: int) -> Source:
         if folder is None:
             raise CompressError(f"imagefolder:{path}: expected a folder of {split} images in it, named {' or '.join(names)}")
         if numbers is not None:
-            found = {Path(parent).name for parent, _, files in os.walk(folder, followlinks=True) if files}
+            found = {Path(parent).name for parent, _, files in os.walk(folder, followlinks=True) if any(map(_is_image, files))}
             if odd := sorted(found - numbers.keys())[:3]:  # whose images timm would leave out without a word
                 raise CompressError(
                     f"data.class_map: {class_map}: expected the names of all folders, found none for {', '.join(odd)} of {folder}"
@@ -282,6 +282,12 @@ def _imagefolder(path: Path, class_map: str | None, in_chans: int) -> Source:
         odd = sorted(set(classes) ^ set(test_classes))[:3]
         raise CompressError(f"imagefolder:{path}: expected the same classes in both splits, found only in one: {', '.join(odd)}")
     return Source(train=train, test=test, num_classes=len(classes))
+
+
+def _is_image(name: str) -> bool:
+    from timm.data import is_img_extension
+
+    return is_img_extension(Path(name).suffix.lower())
 
 
 def _class_map(file: Path) -> dict[str, int]:
