@@ -159,3 +159,25 @@ def test_what_a_model_says_of_its_classifiers_input_follows(name):
     assert small.head_hidden_size == small.get_classifier().in_features
     small.reset_classifier(3)
     assert small.eval()(torch.randn(1, *small.pretrained_cfg["input_size"])).shape == (1, 3)
+
+
+def test_what_a_model_says_of_a_part_s_features_follows():
+    """The names in the `feature_info` a model passes on begin in the part it comes from; of gemma4_vit's, 768 channels were said and
+    648 there."""
+
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = timm.create_model("test_resnet", num_classes=10)
+            self.feature_info = self.encoder.feature_info
+
+        def forward(self, x):
+            return self.encoder(x)
+
+    model, example = Around().eval(), torch.randn(1, 3, 32, 32)
+    said = [entry["num_chs"] for entry in model.feature_info]
+    layout = zc.analyze(model, example)
+    small = zc.resize(model, layout, {axis: max(1, layout.axes[axis].size // 2) for axis in layout.free})
+    real = [features.shape[1] for features in small.encoder.forward_intermediates(example, intermediates_only=True)]
+    assert [entry["num_chs"] for entry in small.feature_info] == real
+    assert all(now < before for now, before in zip(real, said, strict=True))

@@ -59,11 +59,11 @@ class Spy:
                 return out
 
             vars(model)["forward_features"] = forward_features
+        self.taken = feature_modules(model)
         modules = dict(model.named_modules())
-        for info in _feature_info(model):
-            module = modules.get(info.get("module", ""))
-            if module is not None:
-                self.handles.append(module.register_forward_hook(self._tap(info["module"])))
+        for path, _ in self.taken:
+            if path is not None:
+                self.handles.append(modules[path].register_forward_hook(self._tap(path)))
 
     def _tap(self, path: str) -> Any:
         def hook(module: nn.Module, args: Any, out: Any) -> None:
@@ -94,8 +94,7 @@ class Spy:
 
     def _feature_channels(self, image: torch.Tensor) -> list[Term | None]:
         """The channel dimension of each entry of `feature_info`: of the module it names, else of what `forward_intermediates` gives."""
-        entries = _feature_info(self.model)
-        found = [_channel(self.taps.get(info.get("module", ""), []), info.get("num_chs", 0)) for info in entries]
+        found = [_channel(self.taps.get(path or "", []), channels) for path, channels in self.taken]
         ask: Any = getattr(self.model, "forward_intermediates", None)
         if None not in found or not callable(ask):
             return found
@@ -104,10 +103,10 @@ class Spy:
                 features = ask(image, intermediates_only=True)
             except MODEL_ERRORS:
                 return found
-        if len(features) != len(entries):
+        if len(features) != len(found):
             return found
-        asked = [_channel(self.tracer.dims(f), e.get("num_chs", 0)) for f, e in zip(features, entries, strict=True) if torch.is_tensor(f)]
-        return asked if len(asked) == len(entries) else found
+        asked = [_channel(self.tracer.dims(f), size) for f, (_, size) in zip(features, self.taken, strict=True) if torch.is_tensor(f)]
+        return asked if len(asked) == len(found) else found
 
     def _describe(self, name: str, terms: list[Term]) -> None:
         variable = self.attributes.get(name)  # the model may have replaced its number by another that is equal
@@ -207,10 +206,19 @@ def _standard(path: str, module: nn.Module, dims: dict[str, list[Term]], attribu
         yield from zip(("num_embeddings", "embedding_dim"), weight, strict=True)
 
 
-def _feature_info(model: nn.Module) -> list[dict[str, Any]]:
+def feature_modules(model: nn.Module) -> list[tuple[str | None, int]]:
+    """What timm's `feature_info` says: for each entry the path of the module it names, `None` where there is none, and its channels.
+
+    A model around another may pass on the other's `feature_info`, whose names then begin there.
+    """
     info = getattr(model, "feature_info", None)
     entries = getattr(info, "info", info)
-    return list(entries) if isinstance(entries, (list, tuple)) and all(isinstance(e, dict) for e in entries) else []
+    if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, dict) for entry in entries):
+        return []
+    modules = dict(model.named_modules())
+    owner = [path for path, module in modules.items() if getattr(module, "feature_info", None) == info][-1]
+    paths = [f"{owner}.{entry.get('module', '')}".strip(".") for entry in entries]
+    return [(path if path and path in modules else None, entry.get("num_chs", 0)) for path, entry in zip(paths, entries, strict=True)]
 
 
 def _channel(terms: list[Term], size: int) -> Term | None:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from ..errors import AnalysisError, CompressError
 from ..structure import unify as u
 from ..structure.exits import MAPS, MAX_EXITS, MAX_GRID, Exit, Format
+from .metadata import feature_modules
 from .proof import Proof, Trial
 from .rows import Boundary
 from .trace import BATCH, run_traced
@@ -72,7 +73,7 @@ def places(model: nn.Module, example: torch.Tensor, grid: int | None = None) -> 
             failure = error
     else:
         raise AnalysisError(f"{type(model).__name__} does not run on an input of shape {tuple(example.shape)}: {failure}") from failure
-    named = {entry.get("module", "") for entry in _feature_info(model)}
+    named = {path for path, _ in feature_modules(model)}
     runs = Counter(end.path for end in record.ends)
     total = max(record.macs(record.last), 1)
     # How many dimensions of parameters each axis runs along: many for channels, few for positions (an embedding of them, a mixer).
@@ -373,9 +374,3 @@ def _channel(shape: tuple[int, ...], terms: tuple[Any, ...], along: Counter[Any]
     dims = {d: max(map(along.__getitem__, u.variables(terms[d])), default=0) for d in range(1, len(shape)) if (len(shape), d) in _FORMATS}
     channel = max(dims, key=dims.__getitem__)
     return channel if dims[channel] else None
-
-
-def _feature_info(model: nn.Module) -> list[dict[str, Any]]:
-    info = getattr(model, "feature_info", None)
-    entries = getattr(info, "info", info)
-    return list(entries) if isinstance(entries, (list, tuple)) and all(isinstance(e, dict) for e in entries) else []
