@@ -138,9 +138,31 @@ def test_runs_that_are_none(tmp_path, run):
         card.write(run)
 
 
+def test_the_license_is_that_of_the_weights_it_started_from(run):
+    """Of weights in a folder their config.json knows it; cards said "other"."""
+    record, config = read_record(run), run / "model/config.json"
+    recipe = record.recipe | {"model": record.recipe["model"] | {"name": "local-dir:mine", "pretrained": True}}
+    write_record(run, record.model_copy(update={"recipe": recipe}))
+    stored = json.loads(config.read_text())
+    config.write_text(json.dumps(stored | {"pretrained_cfg": stored["pretrained_cfg"] | {"license": "bsd-3-clause"}}))
+    assert ModelCard.load(card.write(run) / "README.md").data.license == "bsd-3-clause"
+
+
+def test_what_was_not_measured_of_a_slimmable_network(tmp_path):
+    net = zc.slim(timm.create_model("test_resnet", num_classes=10), widths=(0.5, 1.0))
+    zc.save(net, tmp_path)
+    assert "Not measured: each width trained alone." in card.plain(net, tmp_path, "me/slim")
+
+
 @pytest.mark.parametrize(
     ("source", "name"),
-    [("digits", "digits"), ("hfds/me/birds", "me/birds"), ("torch/cifar10", "cifar10"), ("imagefolder:/home/me/x", "imagefolder")],
+    [
+        ("digits", "digits"),
+        ("hfds/me/birds", "me/birds"),
+        ("torch/cifar10", "cifar10"),
+        ("imagefolder:/home/me/x", "x"),
+        ("imagefolder:.", "imagefolder"),
+    ],
 )
 def test_data_sets_are_named_without_paths(source, name):
     assert card.dataset(source) == name

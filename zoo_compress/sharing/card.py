@@ -36,10 +36,12 @@ HERE = "local-dir:."
 """Name in the snippet of a card that lies beside its weights."""
 
 _TEMPLATE = Path(__file__).with_name("card_template.md")
+_STRUCTURE = (
+    "the same structure trained from scratch, for as many epochs (Scratch-E) or with as much compute (Scratch-B; Liu et al. 2019, "
+    "Rethinking the Value of Network Pruning)"
+)
 _UNMEASURED = (
-    "Not measured: the same structure trained from scratch, for as many epochs (Scratch-E) or with as much compute (Scratch-B; Liu et al. "
-    "2019, Rethinking the Value of Network Pruning). Without them this card does not say whether compression gained anything over training "
-    "a small model right away."
+    "Not measured: {what}. Without {it} this card does not say whether compression gained anything over training {small} right away."
 )
 
 
@@ -109,7 +111,7 @@ def draw(subject: Subject, folder: Path, name: str = PICTURE) -> str | None:
     Returns:
         The picture's name, or None if there is none.
     """
-    if "variant" not in getattr(subject.model, "_model_args", {}) or importlib.util.find_spec("matplotlib") is None:
+    if _variant(subject.model) is None or importlib.util.find_spec("matplotlib") is None:
         return None
     picture.draw(subject.model, folder / name)
     return name
@@ -179,12 +181,17 @@ def finished(directory: Path) -> Record:
     return record
 
 
+def _variant(model: nn.Module) -> Variant | None:
+    """What a compressed model was made of; None for a plain one."""
+    stored = getattr(model, "_model_args", {}).get("variant")
+    return Variant.from_dict(stored) if stored else None
+
+
 def _about(subject: Subject) -> dict[str, Any]:
     """The facts that several parts of a card need."""
     model, record = subject.model, subject.record
     cfg: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
-    stored = getattr(model, "_model_args", {}).get("variant")
-    variant = Variant.from_dict(stored) if stored else None
+    variant = _variant(model)
     base = variant.base if variant else cfg["architecture"]
     start = record.recipe["model"] if record else {"name": base, "pretrained": None}
     scratch = start["pretrained"] is False and parse_model_name(start["name"])[0] is None  # type: ignore[index, call-overload, arg-type]
@@ -205,6 +212,7 @@ def _about(subject: Subject) -> dict[str, Any]:
         "start": start,
         "scratch": scratch,
         "data": data,
+        "license": cfg.get("license"),  # which weights in a folder say themselves
         "size": size,
         "what": " ".join(what),
     }
@@ -226,7 +234,7 @@ def _data(subject: Subject, about: Mapping[str, Any]) -> ModelCardData:
     cfg = get_pretrained_cfg(name, allow_unregistered=True) if source is None else None
     hub_id = name if source == "hf-hub" else cfg.hf_hub_id if cfg else None
     keywords: dict[str, Any] = {
-        **_license(cfg.license if cfg else None, about["scratch"], hub_id),
+        **_license(cfg.license if cfg else about["license"], about["scratch"], hub_id),
         "tags": ["image-classification", "timm", "zoo_compress", *([about["method"]] if about["method"] else [])],
         "base_model": hub_id,
         # Pruning is none of the Hub's relations; fine-tuning is the nearest, and the text says what was taken from the base.
@@ -249,8 +257,11 @@ def _license(name: str | None, scratch: bool, hub_id: str | None) -> dict[str, s
 
 
 def dataset(source: str) -> str:
-    """A data source's name without paths: what others may call it."""
-    return source.partition(":")[0] if source.startswith("imagefolder:") else source.partition("/")[2] or source
+    """A data source's name without paths: what others may call it. A folder of images is called as its last part is."""
+    kind, _, path = source.partition(":")
+    if kind == "imagefolder":
+        return Path(path).name or kind
+    return source.partition("/")[2] or source
 
 
 def _eval_results(record: Record, about: Mapping[str, Any]) -> list[EvalResult]:
@@ -313,8 +324,7 @@ def _cells(row: Row, first: Row, about: Mapping[str, Any]) -> list[str]:
 
 
 def _usage(model: nn.Module) -> str:
-    stored = getattr(model, "_model_args", {}).get("variant")
-    variant = Variant.from_dict(stored) if stored else None
+    variant = _variant(model)
     if variant is not None and variant.bank is not None:
         return "`model.set_width(0.5)` chooses a width, `model.export(0.5)` gives an ordinary timm model of it."
     if variant is not None and variant.exits is not None and not variant.exits.truncated:
@@ -333,7 +343,12 @@ def _threads(count: int) -> str:
 
 def _baselines(subject: Subject) -> str:
     if subject.record is None or not subject.record.baselines:
-        return _UNMEASURED
+        variant = _variant(subject.model)
+        if variant is not None and variant.bank is not None:
+            return _UNMEASURED.format(what="each width trained alone", it="that", small="networks of these widths")
+        if variant is not None and variant.exits is not None and not variant.exits.truncated:
+            return _UNMEASURED.format(what="networks that end at the exits, trained alone", it="them", small="these")
+        return _UNMEASURED.format(what=_STRUCTURE, it="them", small="a small model")
     found: dict[str, list[float]] = {}
     for record in (subject.record, *subject.others):
         for row in record.baselines:
