@@ -243,8 +243,9 @@ def _report_step(run: Run, step: Step) -> Result:
     statics = {label: next(iter(ways(model).values())) for label, model in models.items()}
     costs = measure_many({label: model.cpu() for label, model in statics.items()}, config.batch_size, config.threads, runs=config.runs)
     sizes = {label: (folder / WEIGHTS).stat().st_size for label, folder in folders.items()}
-    rows = tuple(Row(label=label, top1=top1[label], file_bytes=sizes.get(label), **asdict(cost)) for label, cost in costs.items())
-    return Result(table=rows)
+    images = len(run.source.test)
+    rows = [Row(label=label, top1=top1[label], file_bytes=sizes.get(label), test_images=images, **asdict(c)) for label, c in costs.items()]
+    return Result(table=tuple(rows))
 
 
 def act(run: Run, step: Step) -> Result:

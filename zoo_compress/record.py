@@ -57,6 +57,7 @@ class Row(Entry):
         batch_size: images in that pass.
         threads: CPU threads it used.
         file_bytes: size of its weights' file; None where it has none of its own.
+        test_images: number of images `top1` is of; None in records of earlier versions.
     """
 
     label: str
@@ -70,6 +71,7 @@ class Row(Entry):
     batch_size: int
     threads: int
     file_bytes: int | None = None
+    test_images: int | None = None
 
 
 class Record(Entry):

@@ -72,6 +72,7 @@ def test_text_has_the_records_numbers(written):
     assert f"| seed | {record.seed} |" in text
     assert record.machine["processor"] in text
     assert "trained from scratch on `digits`" in text
+    assert "On the 355 test images of `digits`" in text
 
 
 def test_baselines_that_were_not_measured_are_named(written, run):

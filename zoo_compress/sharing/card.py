@@ -300,7 +300,8 @@ def _results(subject: Subject, about: Mapping[str, Any]) -> str:
             f"{layout.num_params():,} parameters, {layout.macs():,} MACs an image, {about['size']:,} bytes of weights. Nothing else is "
             "known: this card was written without the record of a run."
         )
-    text = f"On the test images of `{dataset(about['data'])}`"
+    count = record.table[-1].test_images
+    text = f"On the {f'{count:,} ' if count else ''}test images of `{dataset(about['data'])}`"
     if not subject.others:
         return f"{text}, one run with seed {record.seed}. How much another seed changes was not measured."
     top1 = [run.table[-1].top1 for run in (record, *subject.others)]
