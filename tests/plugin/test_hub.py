@@ -69,6 +69,14 @@ for name in {names!r}:
         assert config["model_args"]["variant"]["base"] == "test_resnet"
         assert "keep" not in config["model_args"], "the record says it all"
 
+    @pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
+    def test_files_are_for_whom_files_are_here(self, saved):
+        """Weights were readable by their owner alone."""
+        saved.joinpath("of mine").touch()
+        modes = {path.stat().st_mode for path in saved.iterdir()}
+        saved.joinpath("of mine").unlink()
+        assert len(modes) == 1
+
     def test_saved_again_is_the_same(self, saved, tmp_path):
         save(load(saved), tmp_path)
         for name in ("config.json", "model.safetensors"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -52,6 +53,7 @@ def save(model: nn.Module, directory: str | Path) -> None:
             weights, config = Path(scratch, WEIGHTS), Path(scratch, CONFIG)
             save_file(_packed(model), weights, metadata={"format": "pt"})
             config.write_text(_config(model, digest(weights), config), encoding="utf-8")
+            shutil.copymode(config, weights)  # safetensors writes for the owner alone
             if "variant" in getattr(model, "_model_args", {}):
                 _check_loads(Path(scratch))
             for path in (weights, config):
