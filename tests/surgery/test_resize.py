@@ -161,23 +161,26 @@ def test_what_a_model_says_of_its_classifiers_input_follows(name):
     assert small.eval()(torch.randn(1, *small.pretrained_cfg["input_size"])).shape == (1, 3)
 
 
-def test_what_a_model_says_of_a_part_s_features_follows():
-    """The names in the `feature_info` a model passes on begin in the part it comes from; of gemma4_vit's, 768 channels were said and
-    648 there."""
+@pytest.mark.parametrize("renamed", [False, True])
+def test_what_a_model_and_its_part_say_of_features_follows(renamed):
+    """The names in a part's `feature_info` begin there, also where the model around it passes the same on; timm reads either. Pruned,
+    gemma4_vit said 768 channels of maps with 648, and deepseek_vit 1024 of 1016."""
 
     class Around(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.encoder = timm.create_model("test_resnet", num_classes=10)
-            self.feature_info = self.encoder.feature_info
+            info = self.encoder.feature_info
+            self.feature_info = [{**entry, "module": f"encoder.{entry['module']}"} for entry in info] if renamed else info
 
         def forward(self, x):
             return self.encoder(x)
 
     model, example = Around().eval(), torch.randn(1, 3, 32, 32)
-    said = [entry["num_chs"] for entry in model.feature_info]
+    before = [entry["num_chs"] for entry in model.feature_info]
     layout = zc.analyze(model, example)
     small = zc.resize(model, layout, {axis: max(1, layout.axes[axis].size // 2) for axis in layout.free})
     real = [features.shape[1] for features in small.encoder.forward_intermediates(example, intermediates_only=True)]
-    assert [entry["num_chs"] for entry in small.feature_info] == real
-    assert all(now < before for now, before in zip(real, said, strict=True))
+    assert all(now < then for now, then in zip(real, before, strict=True))
+    for said in (small.feature_info, small.encoder.feature_info):
+        assert [entry["num_chs"] for entry in said] == real

@@ -59,11 +59,10 @@ class Spy:
                 return out
 
             vars(model)["forward_features"] = forward_features
-        self.taken = feature_modules(model)
         modules = dict(model.named_modules())
-        for path, _ in self.taken:
-            if path is not None:
-                self.handles.append(modules[path].register_forward_hook(self._tap(path)))
+        self.described = {path: found for path, module in modules.items() if (found := feature_modules(module, path))}
+        for path in {path for found in self.described.values() for path, _ in found if path is not None}:
+            self.handles.append(modules[path].register_forward_hook(self._tap(path)))
 
     def _tap(self, path: str) -> Any:
         def hook(module: nn.Module, args: Any, out: Any) -> None:
@@ -85,18 +84,21 @@ class Spy:
         vars(self.model).pop("forward_features", None)
         self.tracer.operation = "metadata"
         self._describe("num_features", self.features)
-        for i, term in enumerate(self._feature_channels(image)):
-            if term is not None:
-                path = f"feature_info[{i}].num_chs"
-                self.attributes[path] = Variable(u.size_of(term), attribute=path)
-                self.attributes[path].bound = term
+        for path in self.described:
+            for i, term in enumerate(self._feature_channels(path, image)):
+                if term is not None:
+                    number = f"{path}.feature_info[{i}].num_chs".lstrip(".")
+                    self.attributes[number] = Variable(u.size_of(term), attribute=number)
+                    self.attributes[number].bound = term
         self._reset_classifier(dims)
 
-    def _feature_channels(self, image: torch.Tensor) -> list[Term | None]:
-        """The channel dimension of each entry of `feature_info`: of the module it names, else of what `forward_intermediates` gives."""
-        found = [_channel(self.taps.get(path or "", []), channels) for path, channels in self.taken]
+    def _feature_channels(self, path: str, image: torch.Tensor) -> list[Term | None]:
+        """The channel dimension of each entry of a part's `feature_info`: of the module it names, else of what the model's
+        `forward_intermediates` gives."""
+        entries = self.described[path]
+        found = [_channel(self.taps.get(named or "", []), channels) for named, channels in entries]
         ask: Any = getattr(self.model, "forward_intermediates", None)
-        if None not in found or not callable(ask):
+        if path or None not in found or not callable(ask):
             return found
         with self.tracer.uncounted():
             try:
@@ -105,7 +107,7 @@ class Spy:
                 return found
         if len(features) != len(found):
             return found
-        asked = [_channel(self.tracer.dims(f), size) for f, (_, size) in zip(features, self.taken, strict=True) if torch.is_tensor(f)]
+        asked = [_channel(self.tracer.dims(f), size) for f, (_, size) in zip(features, entries, strict=True) if torch.is_tensor(f)]
         return asked if len(asked) == len(found) else found
 
     def _describe(self, name: str, terms: list[Term]) -> None:
@@ -206,19 +208,25 @@ def _standard(path: str, module: nn.Module, dims: dict[str, list[Term]], attribu
         yield from zip(("num_embeddings", "embedding_dim"), weight, strict=True)
 
 
-def feature_modules(model: nn.Module) -> list[tuple[str | None, int]]:
+def feature_modules(model: nn.Module, prefix: str = "") -> list[tuple[str | None, int]]:
     """What timm's `feature_info` says: for each entry the path of the module it names, `None` where there is none, and its channels.
 
     A model around another may pass on the other's `feature_info`, whose names then begin there.
+
+    Args:
+        model: A model, or a part of one that has a `feature_info` of its own.
+        prefix: Where it is in the whole; paths begin with it.
     """
     info = getattr(model, "feature_info", None)
     entries = getattr(info, "info", info)
     if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, dict) for entry in entries):
         return []
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(prefix=prefix))
     owner = [path for path, module in modules.items() if getattr(module, "feature_info", None) == info][-1]
     paths = [f"{owner}.{entry.get('module', '')}".strip(".") for entry in entries]
-    return [(path if path and path in modules else None, entry.get("num_chs", 0)) for path, entry in zip(paths, entries, strict=True)]
+    return [
+        (path if path != owner and path in modules else None, entry.get("num_chs", 0)) for path, entry in zip(paths, entries, strict=True)
+    ]
 
 
 def _channel(terms: list[Term], size: int) -> Term | None:
