@@ -107,10 +107,30 @@ def test_compare(done, tmp_path):
     assert "±" not in result.output, "one seed has no spread"
 
 
+@pytest.mark.parametrize("kind", ["slim", "us"])
+def test_each_width_of_a_slimmable_network_is_trained_alone(tmp_path, kind):
+    method = f"  - train: {{epochs: 2, lr: 3e-3, method: {{{kind}: {{widths: [0.5, 1.0], round_to: 4}}}}}}\n"
+    path = write(tmp_path, method, SAVE)
+    table = {line.label: line for line in rethink(path, (0,), log=silent)}
+    assert list(table) == ["model ×1", "model ×0.5", "Scratch-E ×1", "Scratch-E ×0.5"]
+    output = tmp_path / "recipe_seed0"
+    net = zc.load(output / "model")
+    for width in (0.5, 1.0):
+        alone, own = zc.load(output / f"alone_{width:g}" / "model"), net.export(width)
+        assert [(name, p.shape) for name, p in alone.named_parameters()] == [(name, p.shape) for name, p in own.named_parameters()]
+        assert not torch.equal(alone.conv1[0].weight, own.conv1[0].weight)
+        assert table[f"Scratch-E ×{width:g}"].macs == table[f"model ×{width:g}"].macs
+        record = read_record(output / f"alone_{width:g}")
+        assert [len(step.epochs) for step in record.steps if step.epochs] == [2]
+    text = (card.write(output) / "README.md").read_text()
+    assert "Not measured" not in text
+    assert f"Scratch-E ×0.5: top-1 {table['Scratch-E ×0.5'].mean:.2f}%" in text
+
+
 @pytest.mark.parametrize(
     ("stages", "seeds", "message"),
     [
-        ((TRAIN, SAVE), (0,), "expected a stage that compresses, found none"),
+        ((TRAIN, SAVE), (0,), "expected a stage that compresses, or trains several widths, found none"),
         ((PRUNE, TUNE, SAVE), (0,), "expected a train stage before the first that compresses"),
         ((TRAIN, PRUNE, TUNE), (0,), "expected a save stage at the end, whose model has the structure to train, found finetune"),
         ((TRAIN, PRUNE, SAVE), (), "seeds: expected one or more different ones, found none"),

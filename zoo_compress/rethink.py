@@ -1,40 +1,44 @@
-"""Does pruning beat training the pruned structure from scratch? (Liu et al. 2019, Rethinking the Value of Network Pruning.)
+"""Does compression beat training the small structure from scratch? (Liu et al. 2019, Rethinking the Value of Network Pruning.)
 
 For a recipe that trains, compresses and fine-tunes, what it ends with is trained again from random weights, in the way the recipe trained
 before it compressed: Scratch-E for as many epochs, Scratch-B with as much compute, which is epochs × MACs before / MACs after, with the
-schedule stretched in proportion. Fine-tuning is not counted, as in section 3 of the paper.
+schedule stretched in proportion. Fine-tuning is not counted, as in section 3 of the paper. For one that ends with a network of several
+widths, each width is trained alone for as many epochs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from .compare import Line, check_seeds, lines
 from .errors import RecipeError
 from .methods.reinitialize import ReinitializeConfig
+from .methods.slimmable import Slimmable
 from .plan import make_plan
+from .plugin.hub import load, save
 from .recipe import EvaluateStage, ModelConfig, Recipe, SaveStage, TrainStage, load_recipe
 from .record import Record, write_record
 from .runner import run
 from .sharing.recipe_text import to_yaml
 from .training.checkpoint import write_atomic
+from .training.task import MethodConfig
 
 
 def rethink(path: str | Path, seeds: Sequence[int], *, log: Callable[[str], None] | None = None) -> list[Line]:
-    """Run a recipe and both of its baselines with seeds, or what is left of that.
+    """Run a recipe and its baselines with seeds, or what is left of that.
 
-    The baselines are recipes too: `scratch_e.yaml` and `scratch_b.yaml` in the output folder of each run, whose record then holds their
-    rows, from which model cards take them.
+    The baselines are recipes too: `scratch_e.yaml` and `scratch_b.yaml`, or `alone_0.5.yaml` and its like for widths, in the output folder
+    of each run, whose record then holds their rows, from which model cards take them.
 
     Args:
-        path: A recipe that trains a model, compresses it, and saves the result.
+        path: A recipe that trains a model, compresses it, and saves the result, or that trains and saves one of several widths.
         seeds: Seeds; each run has an output folder of its own, as `run(path, seed=…)` makes it.
         log: As for `run`.
 
     Returns:
-        The recipe's table with the two baselines, over seeds.
+        The recipe's table with its baselines, over seeds.
 
     Raises:
         RecipeError: The recipe is none, or does not train before it compresses, or saves nothing; before anything is trained.
@@ -49,8 +53,12 @@ def _training(path: str | Path, recipe: Recipe) -> tuple[TrainStage, ...]:
     """The stages that train the model before it is compressed. Ways to train that prepare for it are not theirs."""
     plan = make_plan(recipe)
     first = next((step.index for step in plan if step.compresses), None)
-    if first is None:
-        raise RecipeError(f"{path}: expected a stage that compresses, found none: there is nothing to compare with training from scratch")
+    methods = [step.action.method for step in plan if isinstance(step.action, TrainStage)]
+    if first is None and not any(method.elastic for method in methods if isinstance(method, MethodConfig)):
+        raise RecipeError(
+            f"{path}: expected a stage that compresses, or trains several widths, found none: there is nothing to compare with training "
+            "from scratch"
+        )
     stages = tuple(step.action for step in plan[:first] if isinstance(step.action, TrainStage))
     if not stages:
         raise RecipeError(
@@ -71,8 +79,8 @@ def _one(path: str | Path, training: tuple[TrainStage, ...], seed: int, log: Cal
     output = Path(recipe.output).expanduser()
     before, after = record.table[0].macs, record.table[-1].macs
     rows = []
-    for label, name, factor in (("Scratch-E", "scratch_e", 1.0), ("Scratch-B", "scratch_b", before / after)):
-        baseline = _baseline(recipe, output, training, label, name, max(1.0, factor))
+    for label, name, start, factor in _starts(output / _saved(recipe), before / after):
+        baseline = _baseline(recipe, output, training, label, name, start, factor)
         file = output / f"{name}.yaml"
         write_atomic(file, (to_yaml(baseline) + "\n").encode())
         rows.append(run(file, log=log).table[-1].model_copy(update={"label": label}))
@@ -81,8 +89,20 @@ def _one(path: str | Path, training: tuple[TrainStage, ...], seed: int, log: Cal
     return record
 
 
-def _baseline(recipe: Recipe, output: Path, training: tuple[TrainStage, ...], label: str, name: str, factor: float) -> Recipe:
-    saved = next(stage for stage in reversed(recipe.stages) if isinstance(stage, SaveStage))
+def _starts(saved: Path, shrunk: float) -> Iterator[tuple[str, str, Path, float]]:
+    """Label, name, structure and relative number of epochs of each baseline."""
+    net = load(saved)
+    if not isinstance(net, Slimmable):
+        yield "Scratch-E", "scratch_e", saved, 1.0
+        yield "Scratch-B", "scratch_b", saved, max(1.0, shrunk)
+        return
+    for width in net.widths[::-1]:
+        folder = saved.with_name(f"{saved.name}_{width:g}")
+        save(net.export(width), folder)
+        yield f"Scratch-E ×{width:g}", f"alone_{width:g}", folder, 1.0
+
+
+def _baseline(recipe: Recipe, output: Path, training: tuple[TrainStage, ...], label: str, name: str, start: Path, factor: float) -> Recipe:
     stages = (
         ReinitializeConfig(),
         *(_stretched(stage, factor) for stage in training),
@@ -92,11 +112,16 @@ def _baseline(recipe: Recipe, output: Path, training: tuple[TrainStage, ...], la
     return recipe.model_copy(
         update={
             "description": f"{label} for {recipe.description or output.name}",
-            "model": ModelConfig(name=f"local-dir:{output / saved.to}", pretrained=True),
+            "model": ModelConfig(name=f"local-dir:{start}", pretrained=True),
             "output": str(output / name),
             "stages": stages,
         }
     )
+
+
+def _saved(recipe: Recipe) -> str:
+    """The folder of what the recipe ends with."""
+    return next(stage.to for stage in reversed(recipe.stages) if isinstance(stage, SaveStage))
 
 
 def _stretched(stage: TrainStage, factor: float) -> TrainStage:

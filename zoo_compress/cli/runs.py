@@ -67,8 +67,8 @@ def compare(recipes: tuple[Path, ...], seeds: tuple[int, ...]) -> None:
 def rethink(recipe: Path, seeds: tuple[int, ...]) -> None:
     """Run RECIPE, then train what it ends with from scratch, and print both with mean and spread of accuracy.
 
-    Scratch-E trains for as many epochs as the recipe trained before it compressed, Scratch-B with as much compute (Liu et al. 2019). Model
-    cards of the runs show both from then on.
+    Scratch-E trains for as many epochs as the recipe trained before it compressed, Scratch-B with as much compute (Liu et al. 2019). Of a
+    network of several widths, Scratch-E trains each alone. Model cards of the runs show them from then on.
     """
     from ..compare import format_lines
     from ..rethink import rethink as run_all
