@@ -19,7 +19,7 @@ from zoo_compress.sharing import card
 START = """
 model:
   name: test_resnet
-  args: {num_classes: 10, in_chans: 1}
+  args: {num_classes: 10, in_chans: 1, drop_rate: 0.1}
   pretrained_cfg: {input_size: [1, 8, 8]}
 data: {source: digits, batch_size: 256}
 measure: {runs: 2}
@@ -62,6 +62,7 @@ def test_the_baselines_have_the_pruned_structure_and_the_papers_epochs(done):
             record, recipe = read_record(output / name), load_recipe(output / f"{name}.yaml")
             assert [len(step.epochs) for step in record.steps if step.epochs] == [epochs]
             assert recipe.stages[1].warmup_epochs == epochs // 2
+            assert recipe.model.args == {"drop_rate": 0.1}
             assert record.recipe["seed"] == seed
             scratch, pruned = (zc.load(at) for at in (output / name / "model", output / "model"))
             shapes = [{key: value.shape for key, value in model.state_dict().items()} for model in (scratch, pruned)]

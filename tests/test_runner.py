@@ -12,12 +12,13 @@ import timm
 import torch
 
 import zoo_compress as zc
+from zoo_compress import actions
 from zoo_compress.errors import CompressError, RecipeError
 from zoo_compress.runner import run
 from zoo_compress.training.checkpoint import load_state
 from zoo_compress.training.config import DataConfig
 from zoo_compress.training.data import eval_loader
-from zoo_compress.training.loop import evaluate
+from zoo_compress.training.loop import evaluate, fit
 from zoo_compress.training.sources import open_source
 
 START = """
@@ -397,3 +398,26 @@ def test_what_a_method_makes_of_the_network_is_what_is_reported(tmp_path):
     assert model._model_args["variant"]["removed"] == ["layer1.0"]
     data = DataConfig(source="digits")
     assert record.step("01_train").metrics["loss"] == evaluate(model, eval_loader(open_source(data, 1), data, model))["loss"]
+
+
+def test_drop_rates_hold_in_every_stage(tmp_path, monkeypatch):
+    """timm's files leave them out, and stages hand models on as files: networks were trained without the dropout asked for."""
+    trained = []
+
+    def watched(model, *args, **kwargs):
+        trained.append((model.drop_rate, [module.drop_prob for module in model.modules() if hasattr(module, "drop_prob")][-1]))
+        return fit(model, *args, **kwargs)
+
+    monkeypatch.setattr(actions, "fit", watched)
+    text = START.replace("in_chans: 1}}", "in_chans: 1, drop_rate: 0.5, drop_path_rate: 0.25}}")
+    tuned = "  - finetune: {{epochs: 1, lr: 1e-3}}\n"
+    stages = (
+        "  - train: {{epochs: 1, lr: 1e-3}}\n  - prune: {{macs: 0.6, round_to: 4}}\n"
+        + tuned
+        + "  - factorize: {{macs: 0.9}}\n"
+        + tuned
+        + "  - save\n"
+    )
+    run(write(tmp_path, text=text + stages), log=print)
+    assert trained == [(0.5, 0.25)] * 3
+    assert zc.load(tmp_path / "out" / "model").drop_rate == 0

@@ -107,7 +107,7 @@ def _create_step(run: Run, step: Step) -> Result:
 def _fit_step(run: Run, step: Step) -> Result:
     config = step.action
     assert isinstance(config, TrainConfig)
-    model, data = zc.load(run.latest()), run.recipe.data
+    model, data = zc.load(run.latest(), **run.recipe.model.drop_rates), run.recipe.data
     teachers: list[nn.Module] = []
     if isinstance(config, FinetuneConfig) and config.distill:
         dense = uncompressed(run.plan)

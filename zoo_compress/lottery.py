@@ -276,7 +276,7 @@ def _signs(lab: _Lab, number: int) -> tuple[nn.Module, dict[str, Any]]:
 
 def _trained(lab: _Lab, number: int) -> tuple[nn.Module, dict[str, Any]]:
     tuning = {"lr": lab.config.lr / 10, "sched": "constant", "warmup_epochs": 0}
-    return zc.load(lab.ticket(number - 1)), {"config": lab.config.model_copy(update=tuning)}
+    return zc.load(lab.ticket(number - 1), **lab.recipe.model.drop_rates), {"config": lab.config.model_copy(update=tuning)}
 
 
 _OTHER = 2**31  # seeds that no training has

@@ -23,6 +23,7 @@ from pydantic import (
 from .errors import RecipeError
 from .methods import Changed, Trained
 from .structure.budget import KINDS
+from .surgery.origin import for_training
 from .training.config import Config, Count, DataConfig, FinetuneConfig, Positive, TrainConfig, one_line
 from .training.task import ChangeConfig, nested
 
@@ -62,6 +63,11 @@ class ModelConfig(Config):
     pretrained: bool = False
     args: dict[str, JsonValue] = Field(default_factory=dict)
     pretrained_cfg: PretrainedCfgConfig = PretrainedCfgConfig()
+
+    @property
+    def drop_rates(self) -> dict[str, JsonValue]:
+        """Those of `args` that files of models do not keep: whoever loads one to train it has to pass them again."""
+        return {name: value for name, value in self.args.items() if for_training(name)}
 
     @field_validator("name")
     @classmethod

@@ -112,7 +112,7 @@ def _baseline(recipe: Recipe, output: Path, training: tuple[TrainStage, ...], la
     return recipe.model_copy(
         update={
             "description": f"{label} for {recipe.description or output.name}",
-            "model": ModelConfig(name=f"local-dir:{start}", pretrained=True),
+            "model": ModelConfig(name=f"local-dir:{start}", pretrained=True, args=recipe.model.drop_rates),
             "output": str(output / name),
             "stages": stages,
         }

@@ -14,7 +14,7 @@ from ..errors import CompressError
 from ..structure.packed import Packing
 from ..structure.variant import OPTIONS, Variant
 
-# timm reads these off the live model whenever it saves one; drop rates are a matter of training, and it leaves them out.
+# timm reads these off the live model whenever it saves one.
 _TRACKED = ("num_classes", "in_chans", "global_pool", "img_size")
 _SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")
 
@@ -51,6 +51,11 @@ def origin(model: nn.Module) -> Origin | None:
     if previous is None:
         return Origin(architecture, own, None)
     return Origin(previous.base, {**previous.base_args, **own}, previous)
+
+
+def for_training(name: str) -> bool:
+    """Whether an argument of timm's factory matters in training only: a drop rate. timm leaves those out of the files it writes."""
+    return name in ("drop_rate", "drop_path_rate", "drop_block_rate") or name.endswith("_drop_rate")
 
 
 def stamp(model: nn.Module, variant: Variant) -> None:
@@ -126,7 +131,7 @@ def packed_of(model: nn.Module) -> dict[str, Packing]:
 
 
 def _describes_base(name: str, value: object) -> bool:
-    if name in _TRACKED or name in OPTIONS or name.endswith("drop_rate") or name in ("drop_path_rate", "drop_block_rate"):
+    if name in _TRACKED or name in OPTIONS or for_training(name):
         return False
     try:
         json.dumps(value, allow_nan=False)
