@@ -13,7 +13,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 from tqdm import tqdm
 
 import zoo_compress as zc
@@ -23,7 +22,7 @@ from .errors import RecipeError
 from .plan import Step, make_plan, milestones
 from .recipe import Recipe, load_recipe
 from .record import RECORD_NAME, Record, StepRecord, machine, read_record, versions, write_record
-from .sharing.recipe_text import recipe_of
+from .sharing.recipe_text import is_of
 from .training.distributed import Processes, init_processes
 
 
@@ -89,7 +88,7 @@ def _earlier(path: str | Path, recipe: Recipe, output: Path, processes: Processe
     record = read_record(output)
     if record is None:
         return None
-    if not _is_of(record, recipe):
+    if not is_of(record.recipe, recipe):
         raise RecipeError(
             f"{path}: expected the recipe of the run in {output}, found a changed one; use --fresh to start over, or another output"
         )
@@ -98,14 +97,6 @@ def _earlier(path: str | Path, recipe: Recipe, output: Path, processes: Processe
             f"{path}: expected to go on with {record.world_size} processes, found {processes.world_size}; use --fresh to start over"
         )
     return record if record.steps else None
-
-
-def _is_of(record: Record, recipe: Recipe) -> bool:
-    # Not by the hash it has: that of a record from before an option existed lacks the option's default.
-    try:
-        return recipe_of(record.recipe).sha256 == recipe.sha256
-    except (ValidationError, KeyError, TypeError):
-        return False
 
 
 def _do(run: Run, step: Step) -> Record:

@@ -131,6 +131,14 @@ def test_spread_over_seeds(run, finished):
         card.write(run, [finished[0]])
 
 
+def test_a_seed_from_before_an_option_existed_counts(run, finished, tmp_path):
+    other = shutil.copytree(finished[1], tmp_path / "older")
+    record = read_record(other)
+    recipe = {**record.recipe, "data": {key: value for key, value in record.recipe["data"].items() if key != "held_out"}}
+    write_record(other, record.model_copy(update={"recipe": recipe}))
+    assert "(mean and standard deviation of 2 runs), seeds 0, 1" in (card.write(run, [other]) / "README.md").read_text()
+
+
 def test_runs_that_are_none(tmp_path, run):
     with pytest.raises(CompressError, match="expected the output folder of a run"):
         card.write(tmp_path / "nothing")

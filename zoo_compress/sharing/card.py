@@ -24,7 +24,7 @@ from ..surgery.elastic import Elastic
 from ..surgery.trace import analyze
 from ..training.checkpoint import write_atomic
 from . import picture
-from .recipe_text import recipe_of, to_yaml
+from .recipe_text import is_of, recipe_of, to_yaml
 
 README = "README.md"
 PICTURE = "widths.png"
@@ -96,10 +96,10 @@ def of_seeds(record: Record, seeds: Sequence[str | Path]) -> tuple[Record, ...]:
     Raises:
         CompressError: One is no finished run of that recipe, or of a seed that is there already.
     """
-    found = [record]
+    found, recipe = [record], recipe_of(record.recipe)
     for where in seeds:
         other = finished(Path(where))
-        if {**other.recipe, **_own(record)} != record.recipe or other.seed in {each.seed for each in found}:
+        if not is_of({**other.recipe, **_own(record)}, recipe) or other.seed in {each.seed for each in found}:
             raise CompressError(f"{where}: expected the recipe of the run with another seed, found another recipe or the same seed")
         found.append(other)
     return tuple(found[1:])

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from ..recipe import Recipe, methods_of
 
@@ -19,6 +20,19 @@ def recipe_of(stored: Mapping[str, Any]) -> Recipe:
     """
     stages = [_named({**stage, "method": _methods(stage["method"])} if stage.get("method") else stage) for stage in stored["stages"]]
     return Recipe.model_validate_json(json.dumps({**stored, "stages": stages}))
+
+
+def is_of(stored: Mapping[str, Any], recipe: Recipe) -> bool:
+    """Whether a record holds this recipe. Hashes do not tell: a record from before an option existed lacks the option's default.
+
+    Args:
+        stored: The recipe in a record.
+        recipe: The recipe.
+    """
+    try:
+        return recipe_of(stored).sha256 == recipe.sha256
+    except (ValidationError, KeyError, TypeError):
+        return False
 
 
 def to_yaml(recipe: Recipe) -> str:
