@@ -182,6 +182,11 @@ BAD = {
     "unknown optimizer": ("epochs: 2", "opt: adamm, epochs: 2", "stages.0.train.opt: expected one of timm.optim.list_optimizers()"),
     "unknown schedule": ("epochs: 2", "sched: cosin, epochs: 2", "stages.0.train.sched: expected 'cosine'"),
     "warm-up without end": ("epochs: 2", "warmup_epochs: 2, epochs: 2", "stages.0.train: expected warmup_epochs below epochs (2), found 2"),
+    "a decay without length": (
+        "epochs: 2",
+        "sched: rsqrt, epochs: 2",
+        "stages.0.train: expected warmup_epochs above 0 beside sched: rsqrt, which decays by their length, found 0",
+    ),
     "teacher before pruning": (
         "- train: {",
         "- finetune: {distill: {}, ",

@@ -189,6 +189,8 @@ class TrainConfig(Config):
     def _warmup_ends(self) -> "TrainConfig":
         if self.warmup_epochs >= self.epochs and self.warmup_epochs > 0:
             raise ValueError(f"expected warmup_epochs below epochs ({self.epochs}), found {self.warmup_epochs}")
+        if self.sched == "rsqrt" and self.warmup_epochs == 0:
+            raise ValueError("expected warmup_epochs above 0 beside sched: rsqrt, which decays by their length, found 0")
         return self
 
 
