@@ -140,6 +140,15 @@ class TestSparsify:
         with pytest.raises(CompressError, match=r"density: expected less than the 0\.2 that is left"):
             zc.sparsify(twice, density=0.3)
 
+    def test_layers_without_weights_are_named(self, model, caplog):
+        with torch.no_grad():
+            model.get_parameter("layer4.0.conv1.weight").mul_(1e-6)
+        zc.sparsify(model, density=0.3)
+        assert "no weight is left of layer4.0.conv1.weight; scope='local'" in caplog.text
+        caplog.clear()
+        zc.sparsify(model, density=0.3, scope="local")
+        assert not caplog.text
+
     def test_excluded_weights_stay(self, model):
         small = zc.sparsify(model, density=0.1, exclude=["fc.weight", "layer4.*"])
         assert torch.equal(small.fc.weight, model.fc.weight)

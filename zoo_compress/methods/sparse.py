@@ -6,6 +6,7 @@ Han et al. 2015, Learning both Weights and Connections for Efficient Neural Netw
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -24,6 +25,8 @@ from ..training.config import Count
 from ..training.task import ChangeConfig
 from .criteria import Data
 from .saliency import lookup, saliency
+
+_logger = logging.getLogger(__name__)
 
 SCOPES = ("global", "local")
 
@@ -81,7 +84,8 @@ def sparsify(
         pattern: None removes weights one by one. `kernel` removes the whole kernels of single inputs of a convolution, `channel` all
             weights of an output (but no classes). `N:M`, such as `2:4`, keeps N of every M weights that follow each other along the
             inputs, and takes no density; layers whose inputs are no multiple of M stay as they are.
-        scope: `global` ranks all weights together; `local` keeps the same fraction of each layer.
+        scope: `global` ranks all weights together, which may leave none of a layer (a warning says so); `local` keeps the same fraction
+            of each.
         criterion: `magnitude`, `random`, `synflow`; with data `snip`, `grasp`, `gradient`, `obd`. See `saliency.SALIENCIES`.
         rounds: In how many rounds to remove them, scores being worked out anew for what is left; 1 unless given, for synflow 100.
         exclude: Patterns of parameter names to leave alone. The classifier is not, unless it is named here.
@@ -97,6 +101,8 @@ def sparsify(
     wanted = Sparsity(density, pattern, scope, criterion, rounds, tuple(exclude))
     subject = copy.deepcopy(model)
     masks = choose_masks(subject, wanted, data, seed)
+    if empty := [name for name, mask in masks.items() if not mask.any()]:
+        _logger.warning("sparsify: no weight is left of %s; scope='local' keeps some of every layer", ", ".join(empty))
     apply_(subject, masks)
     stamp_packed(subject, "sparse", dict.fromkeys(masks, Packing(mask=True)))
     return subject
