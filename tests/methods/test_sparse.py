@@ -142,7 +142,7 @@ class TestSparsify:
 
     def test_layers_without_weights_are_named(self, model, caplog):
         with torch.no_grad():
-            model.get_parameter("layer4.0.conv1.weight").mul_(1e-6)
+            (model := copy.deepcopy(model)).get_parameter("layer4.0.conv1.weight").mul_(1e-6)
         zc.sparsify(model, density=0.3)
         assert "no weight is left of layer4.0.conv1.weight; scope='local'" in caplog.text
         caplog.clear()
