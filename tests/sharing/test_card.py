@@ -127,6 +127,9 @@ def test_spread_over_seeds(run, finished):
     text = (card.write(run, [finished[1]]) / "README.md").read_text()
     top1 = torch.tensor([read_record(folder).table[-1].top1 for folder in finished], dtype=torch.float64)
     assert f"top-1 {top1.mean():.2f} ± {top1.std():.2f}% (mean and standard deviation of 2 runs), seeds 0, 1" in text
+    for rows in zip(*(read_record(folder).table for folder in finished), strict=True):
+        top1 = torch.tensor([row.top1 for row in rows], dtype=torch.float64)
+        assert re.search(rf"\| {rows[0].label} \|.*\| {top1[0]:.2f}% \({top1.mean():.2f} ± {top1.std():.2f}\) \|", text)
     with pytest.raises(CompressError, match="with another seed"):
         card.write(run, [finished[0]])
 

@@ -147,7 +147,7 @@ def render(subject: Subject, picture_name: str | None = None) -> str:
         name=subject.name,
         usage=_usage(subject.model),
         results=_results(subject, about),
-        rows=[_cells(row, record.table[0], about) for row in (*record.table, *record.baselines)] if record else [],
+        rows=[_cells(row, record.table[0], about, subject) for row in (*record.table, *record.baselines)] if record else [],
         measured=_measured(record) if record else "",
         baselines=_baselines(subject),
         made=_made(record),
@@ -306,20 +306,25 @@ def _results(subject: Subject, about: Mapping[str, Any]) -> str:
         return f"{text}, one run with seed {record.seed}. How much another seed changes was not measured."
     top1 = [run.table[-1].top1 for run in (record, *subject.others)]
     seeds = ", ".join(str(run.seed) for run in (record, *subject.others))
-    return f"{text}: top-1 {_spread(top1)}, seeds {seeds}. The table is of the run with seed {record.seed}, whose weights these are."
+    return (
+        f"{text}: top-1 {_spread(top1)}, seeds {seeds}. The table is of the run with seed {record.seed}, whose weights these are; in "
+        "brackets, mean and standard deviation of all."
+    )
 
 
-def _cells(row: Row, first: Row, about: Mapping[str, Any]) -> list[str]:
+def _cells(row: Row, first: Row, about: Mapping[str, Any], subject: Subject) -> list[str]:
     share = "" if row is first else f" ({row.macs / first.macs:.1%})"
     # Records of earlier versions know memory alone, which for one of their models is a file as well: the one that is here.
     stored = about["size"] if row.label == "reloaded" else row.file_bytes
     size = f"{stored:,}" if stored is not None else "–"
+    others = [same for other in subject.others for same in (*other.table, *other.baselines) if same.label == row.label]
+    top1 = [row.top1, *(same.top1 for same in others)]
     return [
         row.label,
         f"{row.params:,}",
         f"{row.macs:,}{share}",
         size,
-        f"{row.top1:.2f}%",
+        f"{row.top1:.2f}%{f' ({statistics.mean(top1):.2f} ± {statistics.stdev(top1):.2f})' if len(top1) > 1 else ''}",
         f"{row.latency_ms:.2f} ± {row.latency_iqr_ms / 2:.2f}",
     ]
 
