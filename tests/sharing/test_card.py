@@ -16,6 +16,7 @@ from zoo_compress.errors import CompressError
 from zoo_compress.recipe import load_recipe
 from zoo_compress.record import Row, read_record, write_record
 from zoo_compress.sharing import card, picture
+from zoo_compress.sharing.front_matter import dataset
 from zoo_compress.sharing.verify import verify_card
 
 
@@ -177,7 +178,7 @@ def test_what_was_not_measured_of_a_slimmable_network(tmp_path):
     ],
 )
 def test_data_sets_are_named_without_paths(source, name):
-    assert card.dataset(source) == name
+    assert dataset(source) == name
 
 
 class TestVerify:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,26 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from timm.models import get_pretrained_cfg, parse_model_name
+from huggingface_hub import ModelCard
+from timm.models import parse_model_name
 from torch import nn
 
 from ..errors import CompressError
 from ..plugin.hub import load
-from ..plugin.weights import WEIGHTS, digest
+from ..plugin.weights import WEIGHTS
 from ..record import RECORD_NAME, Record, Row, read_record
 from ..structure.variant import Variant
 from ..surgery.elastic import Elastic
 from ..surgery.trace import analyze
 from ..training.checkpoint import write_atomic
 from . import picture
+from .front_matter import dataset, front_matter, threads
 from .recipe_text import is_of, recipe_of, to_yaml
 
 README = "README.md"
 PICTURE = "widths.png"
-FORMAT = 1
-KEY = "zoo_compress"
-"""Key of the card's front matter with what `verify` needs."""
 
 HERE = "local-dir:."
 """Name in the snippet of a card that lies beside its weights."""
@@ -139,7 +136,7 @@ def render(subject: Subject, picture_name: str | None = None) -> str:
     record = subject.record
     about = _about(subject)
     card = ModelCard.from_template(
-        card_data=_data(subject, about),
+        card_data=front_matter(record, subject.folder / WEIGHTS, about),
         template_str=_TEMPLATE.read_text(encoding="utf-8"),
         title=about["title"],
         what=about["what"],
@@ -147,7 +144,7 @@ def render(subject: Subject, picture_name: str | None = None) -> str:
         name=subject.name,
         usage=_usage(subject.model),
         results=_results(subject, about),
-        rows=[_cells(row, record.table[0], about, subject) for row in (*record.table, *record.baselines)] if record else [],
+        rows=[_cells(row, record.table[0], about, subject.others) for row in (*record.table, *record.baselines)] if record else [],
         measured=_measured(record) if record else "",
         baselines=_baselines(subject),
         made=_made(record),
@@ -218,80 +215,6 @@ def _about(subject: Subject) -> dict[str, Any]:
     }
 
 
-def _data(subject: Subject, about: Mapping[str, Any]) -> ModelCardData:
-    """Front matter."""
-    record = subject.record
-    config: dict[str, Any] = {"format": FORMAT, "weights_sha256": digest(subject.folder / WEIGHTS), "weights_bytes": about["size"]}
-    if record:
-        config |= {
-            "recipe_sha256": record.recipe_sha256,
-            "data": record.recipe["data"],
-            "top1": record.table[-1].top1,
-            "params": record.table[-1].params,
-            "macs": record.table[-1].macs,
-        }
-    source, name = parse_model_name(str(about["start"]["name"]))
-    cfg = get_pretrained_cfg(name, allow_unregistered=True) if source is None else None
-    hub_id = name if source == "hf-hub" else cfg.hf_hub_id if cfg else None
-    keywords: dict[str, Any] = {
-        **_license(cfg.license if cfg else about["license"], about["scratch"], hub_id),
-        "tags": ["image-classification", "timm", "zoo_compress", *([about["method"]] if about["method"] else [])],
-        "base_model": hub_id,
-        # Pruning is none of the Hub's relations; fine-tuning is the nearest, and the text says what was taken from the base.
-        **({"base_model_relation": "finetune"} if hub_id else {}),
-        "datasets": [dataset(about["data"])] if about["data"] else None,
-        "model_name": about["title"] if record else None,
-        "eval_results": _eval_results(record, about) if record else None,
-        KEY: config,
-    }
-    return ModelCardData(library_name="timm", pipeline_tag="image-classification", **keywords)
-
-
-def _license(name: str | None, scratch: bool, hub_id: str | None) -> dict[str, str]:
-    if scratch:
-        return {"license": "apache-2.0"}  # of timm's code, which is all that is used of the base
-    if name:
-        return {"license": name.lower()}
-    link = {"license_link": f"https://huggingface.co/{hub_id}"} if hub_id else {}
-    return {"license": "other", "license_name": "that-of-the-base-model", **link}
-
-
-def dataset(source: str) -> str:
-    """A data source's name without paths: what others may call it. A folder of images is called as its last part is."""
-    kind, _, path = source.partition(":")
-    if kind == "imagefolder":
-        return Path(path).name or kind
-    return source.partition("/")[2] or source
-
-
-def _eval_results(record: Record, about: Mapping[str, Any]) -> list[EvalResult]:
-    row = record.table[-1]
-    found = next((step.metrics for step in reversed(record.steps) if {"top1", "top5", "loss"} <= step.metrics.keys()), {})
-    metrics: list[tuple[str, str, Any]] = [("accuracy", "Top-1 accuracy, %", row.top1)]
-    if found.get("top1") == row.top1:
-        metrics += [("top5", "Top-5 accuracy, %", found["top5"]), ("loss", "Cross-entropy", found["loss"])]
-    metrics += [
-        ("parameters", "Parameters", row.params),
-        ("macs", "MACs of one image", row.macs),
-        ("size", "Bytes of model.safetensors", about["size"]),
-        ("latency", f"CPU latency, ms, batch {row.batch_size}, {_threads(row.threads)}", row.latency_ms),
-    ]
-    return [
-        EvalResult(
-            task_type="image-classification",
-            task_name="Image Classification",
-            dataset_type=dataset(about["data"]),
-            dataset_name=dataset(about["data"]),
-            dataset_split="test",
-            metric_type=kind,
-            metric_name=name,
-            metric_value=value,
-        )
-        for kind, name, value in metrics
-        if not isinstance(value, float) or math.isfinite(value)
-    ]
-
-
 def _results(subject: Subject, about: Mapping[str, Any]) -> str:
     record = subject.record
     if record is None:
@@ -312,13 +235,12 @@ def _results(subject: Subject, about: Mapping[str, Any]) -> str:
     )
 
 
-def _cells(row: Row, first: Row, about: Mapping[str, Any], subject: Subject) -> list[str]:
+def _cells(row: Row, first: Row, about: Mapping[str, Any], others: Sequence[Record] = ()) -> list[str]:
     share = "" if row is first else f" ({row.macs / first.macs:.1%})"
     # Records of earlier versions know memory alone, which for one of their models is a file as well: the one that is here.
     stored = about["size"] if row.label == "reloaded" else row.file_bytes
     size = f"{stored:,}" if stored is not None else "–"
-    others = [same for other in subject.others for same in (*other.table, *other.baselines) if same.label == row.label]
-    top1 = [row.top1, *(same.top1 for same in others)]
+    top1 = [row.top1, *(same.top1 for other in others for same in (*other.table, *other.baselines) if same.label == row.label)]
     return [
         row.label,
         f"{row.params:,}",
@@ -340,11 +262,7 @@ def _usage(model: nn.Module) -> str:
 
 def _measured(record: Record) -> str:
     first, where = record.table[0], record.machine
-    return f"Latency: batch {first.batch_size}, {_threads(first.threads)}, {where.get('processor')}, {where.get('system')}."
-
-
-def _threads(count: int) -> str:
-    return f"{count} thread{'s' * (count != 1)}"
+    return f"Latency: batch {first.batch_size}, {threads(first.threads)}, {where.get('processor')}, {where.get('system')}."
 
 
 def _baselines(subject: Subject) -> str:
@@ -386,7 +304,7 @@ def _facts(record: Record) -> list[tuple[str, str]]:
     return [
         ("seed", str(record.seed)),
         ("recipe's sha256", record.recipe_sha256),
-        ("machine", ", ".join(f"{value}" if key != "threads" else _threads(int(str(value))) for key, value in record.machine.items())),
+        ("machine", ", ".join(f"{value}" if key != "threads" else threads(int(str(value))) for key, value in record.machine.items())),
         ("processes", str(record.world_size)),
         *record.versions.items(),
     ]

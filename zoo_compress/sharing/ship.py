@@ -16,6 +16,7 @@ from ..structure.variant import Variant
 from ..training.checkpoint import write_atomic
 from ..zoo import index
 from . import card
+from .front_matter import dataset
 from .pull import packaged
 from .push import Pushed, push_to_hub
 
@@ -104,7 +105,7 @@ def _entry(record: Record, folder: Path, name: str, recipe: str) -> index.Entry:
     assert isinstance(data, dict)
     return index.entry(
         name=name,
-        dataset=card.dataset(str(data["source"])),
+        dataset=dataset(str(data["source"])),
         top1=round(last.top1, 4),
         macs=last.macs,
         params=last.params,

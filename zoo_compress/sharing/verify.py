@@ -20,6 +20,7 @@ from ..training.data import check_fits, eval_loader
 from ..training.loop import evaluate
 from ..training.sources import open_source
 from . import card
+from .front_matter import KEY
 from .pull import located
 
 TOLERANCE = 0.1
@@ -27,7 +28,7 @@ TOLERANCE = 0.1
 
 
 class Facts(BaseModel):
-    """What a card says for machines; see `card._data`."""
+    """What a card says for machines; see `front_matter`."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
 
@@ -105,11 +106,11 @@ def read_card(folder: Path) -> tuple[Facts, float | None]:
         raise CompressError(f"{folder}: expected a card {card.README} with numbers to compare, found none; zoo-compress card writes one")
     try:
         data = ModelCard(path.read_text(encoding="utf-8")).data
-        facts = Facts.model_validate_json(json.dumps(data.to_dict().get(card.KEY)))
+        facts = Facts.model_validate_json(json.dumps(data.to_dict().get(KEY)))
     except (ValidationError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         reason = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else " ".join(str(error).split())[:200]
         raise CompressError(
-            f"{path}: expected a card that zoo-compress wrote from a run, with numbers to compare under {card.KEY!r} ({reason})"
+            f"{path}: expected a card that zoo-compress wrote from a run, with numbers to compare under {KEY!r} ({reason})"
         ) from error
     results = getattr(data, "eval_results", None) or []
     shown = [result.metric_value for result in results if result.metric_type == "accuracy"]
