@@ -21,6 +21,7 @@ from .plugin.hub import load, save
 from .recipe import EvaluateStage, ModelConfig, Recipe, SaveStage, TrainStage, load_recipe
 from .record import Record, write_record
 from .runner import run
+from .sharing.card import saved_folder
 from .sharing.recipe_text import to_yaml
 from .training.checkpoint import write_atomic
 from .training.task import MethodConfig
@@ -78,8 +79,9 @@ def _one(path: str | Path, training: tuple[TrainStage, ...], seed: int, log: Cal
     recipe = load_recipe(path).with_seed(seed)
     output = Path(recipe.output).expanduser()
     before, after = record.table[0].macs, record.table[-1].macs
-    rows = []
-    for label, name, start, factor in _starts(output / _saved(recipe), before / after):
+    rows, saved = [], saved_folder(output)
+    assert saved is not None  # the recipe ends with a save stage
+    for label, name, start, factor in _starts(saved, before / after):
         baseline = _baseline(recipe, output, training, label, name, start, factor)
         file = output / f"{name}.yaml"
         write_atomic(file, (to_yaml(baseline) + "\n").encode())
@@ -117,11 +119,6 @@ def _baseline(recipe: Recipe, output: Path, training: tuple[TrainStage, ...], la
             "stages": stages,
         }
     )
-
-
-def _saved(recipe: Recipe) -> str:
-    """The folder of what the recipe ends with."""
-    return next(stage.to for stage in reversed(recipe.stages) if isinstance(stage, SaveStage))
 
 
 def _stretched(stage: TrainStage, factor: float) -> TrainStage:

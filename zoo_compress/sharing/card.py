@@ -20,6 +20,7 @@ from ..plugin.weights import WEIGHTS
 from ..record import RECORD_NAME, Record, Row, read_record
 from ..structure.variant import Variant
 from ..surgery.elastic import Elastic
+from ..surgery.origin import origin
 from ..surgery.trace import analyze
 from ..training.checkpoint import write_atomic
 from . import picture
@@ -180,8 +181,8 @@ def finished(directory: Path) -> Record:
 
 def _variant(model: nn.Module) -> Variant | None:
     """What a compressed model was made of; None for a plain one."""
-    stored = getattr(model, "_model_args", {}).get("variant")
-    return Variant.from_dict(stored) if stored else None
+    source = origin(model)
+    return source.previous if source else None
 
 
 def _about(subject: Subject) -> dict[str, Any]:
