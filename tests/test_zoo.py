@@ -17,8 +17,8 @@ from zoo_compress.cli import cli
 from zoo_compress.errors import CompressError
 from zoo_compress.plugin.weights import digest
 from zoo_compress.recipe import load_recipe
-from zoo_compress.record import read_record
-from zoo_compress.sharing.pull import pull
+from zoo_compress.record import read_record, write_record
+from zoo_compress.sharing.pull import packaged, pull
 from zoo_compress.sharing.recipe_text import recipe_of
 from zoo_compress.sharing.ship import cards_table, publish, rebuilt, ship
 from zoo_compress.sharing.verify import verify_card
@@ -358,6 +358,32 @@ class TestShip:
             index.find("test_byobnet__pruned.fmnist_half").folder / "model.safetensors", "runs/quickstart/model/model.safetensors"
         )
         assert f"{HALF}: other weights than in the zoo" in invoke("run", "recipes/quickstart.yaml").output
+
+    def test_other_seeds_stay_on_the_card_wherever_it_is_written(self, made, tmp_path):
+        """The package has their records, so that a pulled card says what the shipped one does."""
+        record = read_record(made)
+        rows = tuple(row.model_copy(update={"top1": row.top1 - 1}) for row in record.table)
+        (tmp_path / "other").mkdir()
+        write_record(tmp_path / "other", record.model_copy(update={"seed": 7, "table": rows}))
+        (tmp_path / "zoo").mkdir()
+        file = tmp_path / "zoo/index.json"
+        file.write_text('{"variants": []}')
+        where = {"cards": tmp_path / "cards", "file": file}
+        entry = ship(made, HALF, "quickstart.yaml", seeds=[tmp_path / "other"], **where)
+        folder = tmp_path / "zoo/checkpoints" / HALF
+        packaged(entry, tmp_path / "cards", source=folder)
+        spread = f"({record.table[-1].top1 - 0.5:.2f} ± 0.71)"
+        assert spread in (tmp_path / f"cards/{HALF}.md").read_text()
+        assert (tmp_path / f"cards/{HALF}.md").read_text() == (tmp_path / "cards/README.md").read_text().replace(
+            "widths.png", f"{HALF}.png"
+        )
+        ship(made, HALF, "quickstart.yaml", **where)
+        assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors", "results.json"]
+
+    def test_ordinary_models_are_not_variants(self, made, tmp_path):
+        zc.save(timm.create_model("test_resnet"), made / "model")
+        with pytest.raises(CompressError, match="expected a run that made a compressed model, found an ordinary ResNet"):
+            ship(made, HALF, "quickstart.yaml", cards=tmp_path / "cards", file=index.INDEX)
 
     def test_another_name(self, made, tmp_path):
         with pytest.raises(CompressError, match=r"expected test_resnet__pruned\.TAG"):

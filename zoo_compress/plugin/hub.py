@@ -19,8 +19,9 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from ..errors import CompressError, VariantError
-from ..structure.variant import OPTIONS, Variant
+from ..structure.variant import OPTIONS
 from ..surgery.elastic import Elastic
+from ..surgery.origin import packed_of, variant_of
 from ..surgery.packing import assignments, pack_state
 from .weights import CONFIG, DIGEST, WEIGHTS, digest
 
@@ -54,7 +55,7 @@ def save(model: nn.Module, directory: str | Path) -> None:
             save_file(_packed(model), weights, metadata={"format": "pt"})
             config.write_text(_config(model, digest(weights), config), encoding="utf-8")
             shutil.copymode(config, weights)  # safetensors writes for the owner alone
-            if "variant" in getattr(model, "_model_args", {}):
+            if variant_of(model) is not None:
                 _check_loads(Path(scratch))
             for path in (weights, config):
                 _flush(path)
@@ -115,11 +116,11 @@ def _check_saveable(model: nn.Module) -> None:
         raise CompressError(f"save: expected a model made by timm, which can create it again by name; {what} has no architecture")
     if not hasattr(model, "num_classes"):
         raise CompressError(f"save: expected a whole model, found the feature extractor {what} of {architecture}")
-    record = getattr(model, "_model_args", {}).get("variant")
-    if isinstance(model, Elastic) and record is None:
+    variant = variant_of(model)
+    if isinstance(model, Elastic) and variant is None:
         raise CompressError(f"save: {what} is for training only; save what its export() gives")
-    if record is not None and Variant.from_dict(record).architecture != architecture:
-        raise VariantError(f"save: the model's record is of {Variant.from_dict(record).architecture}, its cfg of {architecture}")
+    if variant is not None and variant.architecture != architecture:
+        raise VariantError(f"save: the model's record is of {variant.architecture}, its cfg of {architecture}")
 
 
 def _check_loads(directory: Path) -> None:
@@ -149,8 +150,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _packed(model: nn.Module) -> dict[str, Tensor]:
     """The state as it is stored, with what the model says it keeps of zeros and shared values packed."""
-    record = getattr(model, "_model_args", {}).get("variant")
-    packed = {} if record is None else Variant.from_dict(record).packed
+    packed = packed_of(model)
     tensors = _tensors(model)
     for name, packing in packed.items():
         if name in tensors and packing.bits is not None and assignments(tensors[name], packing) is None:

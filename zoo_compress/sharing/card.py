@@ -18,9 +18,8 @@ from ..errors import CompressError
 from ..plugin.hub import load
 from ..plugin.weights import WEIGHTS
 from ..record import RECORD_NAME, Record, Row, read_record
-from ..structure.variant import Variant
 from ..surgery.elastic import Elastic
-from ..surgery.origin import origin
+from ..surgery.origin import variant_of
 from ..surgery.trace import analyze
 from ..training.checkpoint import write_atomic
 from . import picture
@@ -29,6 +28,8 @@ from .recipe_text import is_of, recipe_of, to_yaml
 
 README = "README.md"
 PICTURE = "widths.png"
+SEED = "seed"
+"""Beside a shipped checkpoint: folders of this name and a number, each with the record of the same recipe with that seed."""
 
 HERE = "local-dir:."
 """Name in the snippet of a card that lies beside its weights."""
@@ -100,7 +101,7 @@ def of_seeds(record: Record, seeds: Sequence[str | Path]) -> tuple[Record, ...]:
         if not is_of({**other.recipe, **_own(record)}, recipe) or other.seed in {each.seed for each in found}:
             raise CompressError(f"{where}: expected the recipe of the run with another seed, found another recipe or the same seed")
         found.append(other)
-    return tuple(found[1:])
+    return tuple(sorted(found[1:], key=lambda each: each.seed))
 
 
 def draw(subject: Subject, folder: Path, name: str = PICTURE) -> str | None:
@@ -109,7 +110,7 @@ def draw(subject: Subject, folder: Path, name: str = PICTURE) -> str | None:
     Returns:
         The picture's name, or None if there is none.
     """
-    if _variant(subject.model) is None or importlib.util.find_spec("matplotlib") is None:
+    if variant_of(subject.model) is None or importlib.util.find_spec("matplotlib") is None:
         return None
     picture.draw(subject.model, folder / name)
     return name
@@ -179,17 +180,11 @@ def finished(directory: Path) -> Record:
     return record
 
 
-def _variant(model: nn.Module) -> Variant | None:
-    """What a compressed model was made of; None for a plain one."""
-    source = origin(model)
-    return source.previous if source else None
-
-
 def _about(subject: Subject) -> dict[str, Any]:
     """The facts that several parts of a card need."""
     model, record = subject.model, subject.record
     cfg: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
-    variant = _variant(model)
+    variant = variant_of(model)
     base = variant.base if variant else cfg["architecture"]
     start = record.recipe["model"] if record else {"name": base, "pretrained": None}
     scratch = start["pretrained"] is False and parse_model_name(start["name"])[0] is None  # type: ignore[index, call-overload, arg-type]
@@ -253,7 +248,7 @@ def _cells(row: Row, first: Row, about: Mapping[str, Any], others: Sequence[Reco
 
 
 def _usage(model: nn.Module) -> str:
-    variant = _variant(model)
+    variant = variant_of(model)
     if variant is not None and variant.bank is not None:
         return "`model.set_width(0.5)` chooses a width, `model.export(0.5)` gives an ordinary timm model of it."
     if variant is not None and variant.exits is not None and not variant.exits.truncated:
@@ -268,7 +263,7 @@ def _measured(record: Record) -> str:
 
 def _baselines(subject: Subject) -> str:
     if subject.record is None or not subject.record.baselines:
-        variant = _variant(subject.model)
+        variant = variant_of(subject.model)
         if variant is not None and variant.bank is not None:
             return _UNMEASURED.format(what="each width trained alone", it="that", small="networks of these widths")
         if variant is not None and variant.exits is not None and not variant.exits.truncated:

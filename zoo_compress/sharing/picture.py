@@ -10,7 +10,7 @@ from timm.models import model_entrypoint
 from torch import nn
 
 from ..errors import CompressError
-from ..structure.variant import Variant
+from ..surgery.origin import variant_of
 
 
 def blank_figure(size: tuple[float, float]) -> Any:
@@ -35,10 +35,9 @@ def widths(model: nn.Module) -> list[tuple[str, int, int]]:
     Raises:
         CompressError: The model is not a compressed one.
     """
-    stored = getattr(model, "_model_args", {}).get("variant")
-    if stored is None:
+    variant = variant_of(model)
+    if variant is None:
         raise CompressError(f"{type(model).__name__}: expected a compressed model, found one without a record")
-    variant = Variant.from_dict(stored)
     with torch.device("meta"):
         base = model_entrypoint(variant.base)(
             pretrained=False, **{"num_classes": model.num_classes, "in_chans": getattr(model, "in_chans", 3), **variant.base_args}

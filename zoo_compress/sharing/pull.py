@@ -16,7 +16,6 @@ from ..errors import CompressError
 from ..plugin.hub import load
 from ..plugin.remote import CONFIG, hub_errors
 from ..plugin.weights import WEIGHTS
-from ..record import read_record
 from ..training.checkpoint import check_empty
 from ..zoo import index
 from . import card
@@ -67,13 +66,15 @@ def packaged(entry: index.Entry, folder: Path, name: str | None = None, source: 
         entry: A variant whose weights are shipped.
         folder: An empty one.
         name: What the card's snippet loads; the entry's name unless given.
-        source: Where the checkpoint and its record are; in this package unless given.
+        source: Where the checkpoint and the records of its run and of other seeds are; in this package unless given.
     """
     source = source or entry.folder
     assert source is not None
     for file in (CONFIG, WEIGHTS):
         shutil.copyfile(source / file, folder / file)
-    subject = card.Subject(load(folder), folder, name or entry.name, read_record(source))
+    record = card.finished(source)
+    seeds = card.of_seeds(record, list(source.glob(f"{card.SEED}*")))
+    subject = card.Subject(load(folder), folder, name or entry.name, record, seeds)
     picture = card.draw(subject, folder)
     (folder / card.README).write_text(card.render(subject, picture), encoding="utf-8")
 

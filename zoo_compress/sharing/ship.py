@@ -11,8 +11,8 @@ from ..errors import CompressError
 from ..plugin.hub import load
 from ..plugin.remote import CONFIG
 from ..plugin.weights import WEIGHTS, digest
-from ..record import RECORD_NAME, Record, Row
-from ..structure.variant import Variant
+from ..record import RECORD_NAME, Record, Row, write_record
+from ..surgery.origin import variant_of
 from ..training.checkpoint import write_atomic
 from ..zoo import index
 from . import card
@@ -52,22 +52,30 @@ def ship(
     if folder is None:
         raise CompressError(f"{directory}: expected a run that saved a model, found no save stage in its record")
     model = load(folder)
-    variant = Variant.from_dict(getattr(model, "_model_args", {}).get("variant"))
+    variant = variant_of(model)
+    if variant is None:
+        raise CompressError(f"{directory}: expected a run that made a compressed model, found an ordinary {type(model).__name__}")
     if name.partition(".")[0] != variant.architecture:
         raise CompressError(f"{name}: expected {variant.architecture}.TAG, the name of what {directory} made")
+    others = card.of_seeds(record, seeds)
     entry = _entry(record, folder, name, recipe)
     listing = index.read(file)
     if entry.checkpoint:
         target = file.parent / "checkpoints" / entry.checkpoint
-        target.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
         for source in (folder / WEIGHTS, folder / CONFIG, directory / RECORD_NAME):
             write_atomic(target / source.name, source.read_bytes())
+        for other in others:
+            beside = target / f"{card.SEED}{other.seed}"
+            beside.mkdir()
+            write_record(beside, other)
     cards.mkdir(parents=True, exist_ok=True)
-    subject = card.Subject(model, folder, name if entry.checkpoint else card.HERE, record, card.of_seeds(record, seeds))
+    subject = card.Subject(model, folder, name if entry.checkpoint else card.HERE, record, others)
     picture = card.draw(subject, cards, f"{name}.png")
     write_atomic(cards / f"{name}.md", card.render(subject, picture).encode())
-    others = tuple(other for other in listing.variants if other.name != name)
-    listing = index.Index(variants=tuple(sorted((*others, entry), key=lambda entry: entry.name)))
+    variants = (*(other for other in listing.variants if other.name != name), entry)
+    listing = index.Index(variants=tuple(sorted(variants, key=lambda entry: entry.name)))
     write_atomic(file, index.dump(listing).encode())
     write_atomic(cards / card.README, cards_table(listing).encode())
     return entry

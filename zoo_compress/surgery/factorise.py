@@ -27,7 +27,7 @@ from .images import image_batches
 from .layers import DenseLayer, dense_layers
 from .modules import clear_caches, copied_dictionaries, get_tensor
 from .moments import Moments, gather
-from .origin import origin, packed_of, stamp
+from .origin import origin, packed_of, stamp, variant_of
 from .trace import analyze
 
 BUDGETS = ("macs", "params", "energy")
@@ -266,8 +266,8 @@ def _set_aside(model: nn.Module, layers: Mapping[str, DenseLayer], wanted: Wante
         if not matched:
             raise CompressError(f"exclude: {pattern!r} matches no layer such as {next(iter(layers), 'fc')!r}")
         out.update(dict.fromkeys(matched, "excluded"))
-    source = origin(model)
-    earlier = source.previous.factors if source is not None and source.previous is not None else {}
+    variant = variant_of(model)
+    earlier = variant.factors if variant else {}
     packed = packed_of(model)
     for path, layer in layers.items():
         if f"{path}.weight" in packed:

@@ -53,6 +53,16 @@ def origin(model: nn.Module) -> Origin | None:
     return Origin(previous.base, {**previous.base_args, **own}, previous)
 
 
+def variant_of(model: nn.Module) -> Variant | None:
+    """The record a compressed model carries; None for any other.
+
+    Raises:
+        VariantError: If the record is none.
+    """
+    source = origin(model)
+    return source.previous if source else None
+
+
 def for_training(name: str) -> bool:
     """Whether an argument of timm's factory matters in training only: a drop rate. timm leaves those out of the files it writes."""
     return name in ("drop_rate", "drop_path_rate", "drop_block_rate") or name.endswith("_drop_rate")
@@ -105,9 +115,9 @@ def stamp_packed(model: nn.Module, method: str, packed: Mapping[str, Packing]) -
 
 def forget_packed(model: nn.Module, kept: Mapping[str, Packing] | None = None) -> None:
     """Make a model, whose weights were changed, say nothing of zeros and shared values any more but what is given."""
-    source = origin(model)
-    if source is not None and source.previous is not None and source.previous.packed:
-        stamp(model, source.previous.model_copy(update={"packed": dict(kept or {})}))
+    variant = variant_of(model)
+    if variant is not None and variant.packed:
+        stamp(model, variant.model_copy(update={"packed": dict(kept or {})}))
 
 
 def refuse_packed(model: nn.Module, what: str) -> None:
@@ -126,8 +136,8 @@ def refuse_packed(model: nn.Module, what: str) -> None:
 
 def packed_of(model: nn.Module) -> dict[str, Packing]:
     """What a model says of zeros and shared values in its weights."""
-    source = origin(model)
-    return dict(source.previous.packed) if source is not None and source.previous is not None else {}
+    variant = variant_of(model)
+    return dict(variant.packed) if variant else {}
 
 
 def _describes_base(name: str, value: object) -> bool:
