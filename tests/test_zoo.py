@@ -48,7 +48,8 @@ class TestEntries:
         weights = entry.folder / "model.safetensors"
         assert (digest(weights), weights.stat().st_size) == (entry.sha256, entry.size)
         assert entry.size < 1_000_000
-        assert {path.name for path in entry.folder.iterdir()} == {"config.json", "model.safetensors", "results.json"}
+        others = {f"seed{read_record(folder).seed}" for folder in entry.folder.glob("seed*")}
+        assert {path.name for path in entry.folder.iterdir()} == {"config.json", "model.safetensors", "results.json", *others}
 
     def test_numbers_are_the_records(self, entry):
         if not entry.checkpoint:
