@@ -67,6 +67,13 @@ def test_sizes_do_not_depend_on_random_weights():
     assert records[0] == records[1]
 
 
+def test_tuples_among_the_arguments_are_what_files_make_of_them(tmp_path, images):
+    model = timm.create_model("test_resnet", layers=(1, 1, 2, 1), channels=(32, 48, 48, 96))
+    small = zoo_compress.prune(model, keep=0.7).eval()
+    save(small, tmp_path)
+    assert torch.equal(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(images), small(images))
+
+
 def test_pruning_again_records_against_the_base(tmp_path, images):
     once = timm.create_model(NAME, keep=0.8, num_classes=11, act_layer="silu", drop_rate=0.2)
     twice = zoo_compress.prune(once, keep=0.7).eval()

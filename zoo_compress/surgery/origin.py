@@ -47,7 +47,8 @@ def origin(model: nn.Module) -> Origin | None:
     args = dict(getattr(model, "_model_args", {}))
     stored = args.get("variant")
     previous = Variant.from_dict(stored) if stored is not None else None
-    own = {name: value for name, value in args.items() if _describes_base(name, value)}
+    # As a file has them: tuples are lists there.
+    own = {name: json.loads(json.dumps(value)) for name, value in args.items() if _describes_base(name, value)}
     if previous is None:
         return Origin(architecture, own, None)
     return Origin(previous.base, {**previous.base_args, **own}, previous)
