@@ -6,7 +6,8 @@ import torch
 from timm.task import ClassificationTask
 
 from zoo_compress.errors import CompressError
-from zoo_compress.methods.blocks import BlocksConfig, BlocksTask
+from zoo_compress.methods.blocks import BlocksConfig
+from zoo_compress.methods.selection import SelectionTask
 from zoo_compress.surgery.blocks import Skip
 
 ARGS = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 10, "in_chans": 1}
@@ -48,14 +49,14 @@ def test_gradients_of_factors_are_those_of_the_loss():
     images, target = batch()
 
     def loss(factors):
-        net.block_scales.copy_(factors)
+        net.structure_scales.copy_(factors)
         return float(torch.nn.functional.cross_entropy(net(images), target))
 
     net.double()
     images = images.double()
     base, small = torch.tensor([0.9, 0.5, 1.2], dtype=torch.float64), 1e-5
     expected = [(loss(base + small * unit) - loss(base - small * unit)) / (2 * small) for unit in torch.eye(3, dtype=torch.float64)]
-    net.block_scales.copy_(base)
+    net.structure_scales.copy_(base)
     net.train()
     task(images, target)["loss"].backward()
     torch.testing.assert_close(task._current.grad, torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-7)
@@ -111,7 +112,7 @@ def test_networks_without_residual_blocks_are_refused():
     with pytest.raises(CompressError, match="EfficientNet has no residual block that can be removed"):
         BlocksConfig().wrap(timm.create_model("test_efficientnet", num_classes=10))
     with pytest.raises(CompressError, match=r"expected a network made by BlocksConfig\.wrap"):
-        BlocksTask(ClassificationTask(make(), verbose=False), BlocksConfig())
+        SelectionTask(ClassificationTask(make(), verbose=False), BlocksConfig())
 
 
 @pytest.mark.parametrize("settings", [{"penalty": 0}, {"penalty": float("nan")}, {"momentum": 1.0}, {"least": 2.0}, {"more": 1}], ids=str)

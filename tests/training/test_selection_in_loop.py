@@ -1,10 +1,11 @@
-"""Selecting blocks in the training loop: killed, it goes on as if it had not been; with and without averages."""
+"""Selecting blocks or groups in the training loop: killed, it goes on as if it had not been; with and without averages."""
 
 import pytest
 import timm
 import torch
 
 from zoo_compress.methods.blocks import BlocksConfig
+from zoo_compress.methods.groups import GroupsConfig
 from zoo_compress.training.config import TrainConfig
 from zoo_compress.training.loop import Phase, fit
 
@@ -16,10 +17,11 @@ def make():
     return timm.create_model("deit_tiny_patch16_224", **sizes, num_classes=10, in_chans=1, pretrained_cfg_overlay=cfg)
 
 
+@pytest.mark.parametrize(("config", "parts"), [(BlocksConfig, 3), (GroupsConfig, 6)])
 @pytest.mark.parametrize("ema", [None, 0.9])
-def test_training_goes_on_to_the_same_bits(tmp_path, make_loaders, ema):
+def test_training_goes_on_to_the_same_bits(tmp_path, make_loaders, ema, config, parts):
     train = TrainConfig(epochs=3, lr=3e-3, ema_decay=ema)
-    method, phase = BlocksConfig(penalty=0.05), Phase("phase", 2, seed=7, run="this")
+    method, phase = config(penalty=0.05), Phase("phase", 2, seed=7, run="this")
     whole = method.wrap(make())
     history = fit(whole, *make_loaders(), train, phase=phase, method=method)
     state = tmp_path / "state.safetensors"
@@ -34,5 +36,5 @@ def test_training_goes_on_to_the_same_bits(tmp_path, make_loaders, ema):
     again = fit(resumed, *make_loaders(), train, phase=phase, method=method, state=state)
     assert [epoch.train_loss for epoch in again] == [epoch.train_loss for epoch in history]
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
-    assert not torch.equal(whole.block_scales, torch.ones(3))
+    assert not torch.equal(whole.structure_scales, torch.ones(parts))
     assert method.finish(whole, ()).state_dict().keys() <= make().state_dict().keys()

@@ -8,6 +8,7 @@ from .cluster import ClusterConfig
 from .exits import ExitsConfig
 from .factorize import FactorizeConfig
 from .gradual import GradualConfig
+from .groups import GroupsConfig
 from .netaug import NetAugConfig
 from .reinitialize import ReinitializeConfig
 from .separate import SeparateConfig
@@ -28,6 +29,7 @@ Trained: TypeAlias = (
     | TernaryConfig
     | SlimmingConfig
     | BlocksConfig
+    | GroupsConfig
 )
 """Methods that a training stage of a recipe may name. A method is one file and one entry here."""
 
