@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import click
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..training.data import Batches
+
+    Compressed: TypeAlias = tuple[nn.Module, Callable[[Path], str]]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -110,17 +113,54 @@ OUTPUT = click.option(
 )
 
 
-def data_options(text: str) -> Callable[[Command], Command]:
-    """The options of a command that looks at training images; `text` says what for."""
+def _image_options(text: str) -> tuple[Callable[[Command], Command], ...]:
+    count = click.IntRange(min=1)
+    return (
+        click.option("--data", "source", help=text),
+        click.option("--data-root", help="Folder of the data set."),
+        click.option("--images", type=count, default=256, show_default=True, help="How many of its training images to look at."),
+    )
 
-    def add(command: Command) -> Command:
-        command = click.option(
-            "--images", type=click.IntRange(min=1), default=256, show_default=True, help="How many of its training images to look at."
-        )(command)
-        command = click.option("--data-root", help="Folder of the data set.")(command)
-        return click.option("--data", "source", help=text)(command)
 
-    return add
+def compression(images: str | None = None) -> Callable[[Callable[..., "Compressed"]], Callable[..., None]]:
+    """A command that makes another model of MODEL and saves it, with the options that all such commands have.
+
+    What it decorates takes the model, batches of images or None, and its own options, and gives the new model and what to say of it, given
+    the folder it was saved to.
+
+    Args:
+        images: What images are looked at for; None where they are not.
+    """
+
+    def decorate(make: Callable[..., "Compressed"]) -> Callable[..., None]:
+        @wraps(make)
+        def command(
+            model: str,
+            output: Path,
+            pretrained: bool,
+            args: tuple[str, ...],
+            source: str | None = None,
+            data_root: str | None = None,
+            images: int = 0,
+            **settings: Any,
+        ) -> None:
+            import zoo_compress as zc
+
+            from ..training.checkpoint import check_empty
+
+            check_empty(output)
+            loaded = load_model(model, pretrained, args)
+            made, report = make(loaded, calibration_data(loaded, source, data_root, images) if source else None, **settings)
+            zc.save(made, output)
+            click.echo(report(output))
+            click.echo(f"saved to {output}; nothing was fine-tuned")
+
+        options = [click.argument("model"), *(_image_options(images) if images else ()), OUTPUT, model_options]
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
 
 
 def calibration_data(model: "nn.Module", source: str, root: str | None, images: int) -> "Batches":

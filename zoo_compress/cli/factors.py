@@ -1,18 +1,19 @@
 """Commands that replace layers by two each: factorize, separate."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .common import MODEL_HELP, OUTPUT, calibration_data, cli, data_options, examples, load_model, model_options
+from .common import MODEL_HELP, cli, compression, examples
 
 if TYPE_CHECKING:
     from torch import nn
 
     from ..surgery.factorise import FactorPlan
+    from ..training.data import Batches
+    from .common import Compressed
 
-DATA = data_options("Fit what layers give on images: imagefolder:PATH, digits, or a name timm.data takes.")
+DATA = compression("Fit what layers give on images: imagefolder:PATH, digits, or a name timm.data takes.")
 
 
 @cli.command(
@@ -24,7 +25,6 @@ DATA = data_options("Fit what layers give on images: imagefolder:PATH, digits, o
         "zoo-compress factorize runs/mine/model --macs 0.7 --data imagefolder:/data/imagenet -o low/",
     )
 )
-@click.argument("model")
 @click.option("--macs", type=float, help="MACs to keep: a fraction up to 1, a count above.")
 @click.option("--params", type=float, help="Parameters to keep: a fraction up to 1, a count above.")
 @click.option("--energy", type=float, help="Share of its squared singular values that every layer keeps.")
@@ -37,71 +37,26 @@ DATA = data_options("Fit what layers give on images: imagefolder:PATH, digits, o
 )
 @click.option("--round-to", type=click.IntRange(min=1), default=8, show_default=True, help="Preferred multiple for ranks.")
 @DATA
-@OUTPUT
-@model_options
-def factorize(
-    model: str,
-    macs: float | None,
-    params: float | None,
-    energy: float | None,
-    scheme: str,
-    round_to: int,
-    source: str | None,
-    data_root: str | None,
-    images: int,
-    output: Path,
-    pretrained: bool,
-    args: tuple[str, ...],
-) -> None:
+def factorize(model: "nn.Module", data: "Batches | None", **settings: Any) -> "Compressed":
     """Replace MODEL's layers by two of lower rank each, without training, and save it. Says which layers are left, and why."""
     import zoo_compress as zc
 
-    from ..training.checkpoint import check_empty
-
-    check_empty(output)
-    loaded = load_model(model, pretrained, args)
-    data = calibration_data(loaded, source, data_root, images) if source else None
-    plan = zc.plan_factorize(loaded, macs=macs, params=params, energy=energy, scheme=scheme, round_to=round_to, data=data)
-    _finish(loaded, plan, output)
+    return _planned(model, zc.plan_factorize(model, data=data, **settings))
 
 
 @cli.command(epilog=MODEL_HELP + "\n\n" + examples("zoo-compress separate resnet18 --pretrained -o separable/"))
-@click.argument("model")
 @click.option("--macs", type=float, help="MACs to keep: a fraction up to 1, a count above. All convolutions are replaced without a budget.")
 @click.option("--params", type=float, help="Parameters to keep: a fraction up to 1, a count above.")
 @click.option("--multiplier", type=click.IntRange(min=1), default=1, show_default=True, help="Depthwise filters per input channel.")
 @DATA
-@OUTPUT
-@model_options
-def separate(
-    model: str,
-    macs: float | None,
-    params: float | None,
-    multiplier: int,
-    source: str | None,
-    data_root: str | None,
-    images: int,
-    output: Path,
-    pretrained: bool,
-    args: tuple[str, ...],
-) -> None:
+def separate(model: "nn.Module", data: "Batches | None", **settings: Any) -> "Compressed":
     """Replace MODEL's dense convolutions by depthwise and pointwise ones, fitted without training, and save it."""
     import zoo_compress as zc
 
-    from ..training.checkpoint import check_empty
-
-    check_empty(output)
-    loaded = load_model(model, pretrained, args)
-    data = calibration_data(loaded, source, data_root, images) if source else None
-    plan = zc.plan_separate(loaded, macs=macs, params=params, multiplier=multiplier, data=data)
-    _finish(loaded, plan, output)
+    return _planned(model, zc.plan_separate(model, data=data, **settings))
 
 
-def _finish(model: "nn.Module", plan: "FactorPlan", output: Path) -> None:
-    import zoo_compress as zc
-
+def _planned(model: "nn.Module", plan: "FactorPlan") -> "Compressed":
     from ..surgery.factorise import apply_factors
 
-    zc.save(apply_factors(model, plan), output)
-    click.echo(str(plan))
-    click.echo(f"saved to {output}; nothing was fine-tuned")
+    return apply_factors(model, plan), lambda output: str(plan)

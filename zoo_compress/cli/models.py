@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import CompressError
-from .common import MODEL_HELP, OUTPUT, calibration_data, cli, data_options, examples, load_model, model_options, plural
+from .common import MODEL_HELP, cli, compression, examples, load_model, model_options, plural
 
 if TYPE_CHECKING:
-    from ..profiling.search import RoundTo
+    from torch import nn
+
+    from ..training.data import Batches
+    from .common import Compressed
 
 
 class RoundToType(click.ParamType):
@@ -49,7 +52,6 @@ def inspect(model: str, pretrained: bool, args: tuple[str, ...]) -> None:
         "zoo-compress prune runs/mine/model --params 0.3 --criterion l1 --scope local -o smaller/",
     )
 )
-@click.argument("model")
 @click.option("--keep", type=float, help="Fraction of channels to keep.")
 @click.option("--macs", type=float, help="MACs to keep: a fraction up to 1, a count above.")
 @click.option("--params", type=float, help="Parameters to keep: a fraction up to 1, a count above.")
@@ -62,7 +64,6 @@ def inspect(model: str, pretrained: bool, args: tuple[str, ...]) -> None:
     show_default=True,
     help="Importance of a channel: l1, l2, bn_scale, slimming, lamp, fpgm, random; with --data: taylor, hessian, obdc, thinet.",
 )
-@data_options("Images to look at: imagefolder:PATH, digits, fashion_mnist, or a name timm.data.create_dataset takes.")
 @click.option("--reconstruct", is_flag=True, help="Restore every layer's outputs by least squares on these images, without training.")
 @click.option(
     "--scope",
@@ -80,27 +81,8 @@ def inspect(model: str, pretrained: bool, args: tuple[str, ...]) -> None:
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Images in a pass that is measured.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of a pass that is measured; torch's choice unless given.")
-@OUTPUT
-@model_options
-def prune(
-    model: str,
-    keep: float | None,
-    macs: float | None,
-    params: float | None,
-    latency: float | None,
-    criterion: str,
-    source: str | None,
-    data_root: str | None,
-    images: int,
-    reconstruct: bool,
-    scope: str,
-    round_to: "RoundTo",
-    batch_size: int,
-    threads: int | None,
-    output: Path,
-    pretrained: bool,
-    args: tuple[str, ...],
-) -> None:
+@compression("Images to look at: imagefolder:PATH, digits, fashion_mnist, or a name timm.data.create_dataset takes.")
+def prune(model: "nn.Module", data: "Batches | None", reconstruct: bool, **settings: Any) -> "Compressed":
     """Prune MODEL to a budget, without training, and save it.
 
     Give exactly one of --keep, --macs, --params and --latency. Load the result with timm.create_model("local-dir:DIR", pretrained=True).
@@ -108,36 +90,25 @@ def prune(
     import zoo_compress as zc
 
     from ..profiling.measure import measure_many
-    from ..training.checkpoint import check_empty
 
-    check_empty(output)
-    if reconstruct and source is None:
+    if reconstruct and data is None:
         raise CompressError("--reconstruct: expected --data with images to reconstruct from, found none")
-    loaded = load_model(model, pretrained, args)
-    data = None if source is None else calibration_data(loaded, source, data_root, images)
-    small = zc.prune(
-        loaded,
-        keep=keep,
-        macs=macs,
-        params=params,
-        latency=latency,
-        criterion=criterion,
-        data=data,
-        reconstruct=data if reconstruct else None,
-        scope=scope,
-        round_to=round_to,
-        batch_size=batch_size,
-        threads=threads,
-    )
-    zc.save(small, output)
-    before, after = zc.analyze(loaded), zc.analyze(small)
-    click.echo(f"MACs        {before.macs():>14,} → {after.macs():>14,}  ({after.macs() / before.macs():.1%})")
-    click.echo(f"parameters  {before.num_params():>14,} → {after.num_params():>14,}  ({after.num_params() / before.num_params():.1%})")
-    if latency is not None or round_to == "auto":
-        slow, fast = measure_many({"before": loaded, "after": small}, batch_size, threads, runs=30).values()
-        times = f"{slow.latency_ms:>14,.2f} → {fast.latency_ms:>14,.2f}  ({fast.latency_ms / slow.latency_ms:.1%})"
-        click.echo(f"ms a pass   {times}  batch {batch_size}, {plural(fast.threads, 'thread')}")
-    click.echo(f"saved to {output}; nothing was fine-tuned")
+    small = zc.prune(model, data=data, reconstruct=data if reconstruct else None, **settings)
+
+    def report(output: Path) -> str:
+        before, after = zc.analyze(model), zc.analyze(small)
+        lines = [
+            f"MACs        {before.macs():>14,} → {after.macs():>14,}  ({after.macs() / before.macs():.1%})",
+            f"parameters  {before.num_params():>14,} → {after.num_params():>14,}  ({after.num_params() / before.num_params():.1%})",
+        ]
+        if settings["latency"] is not None or settings["round_to"] == "auto":
+            batch, threads = settings["batch_size"], settings["threads"]
+            slow, fast = measure_many({"before": model, "after": small}, batch, threads, runs=30).values()
+            times = f"{slow.latency_ms:>14,.2f} → {fast.latency_ms:>14,.2f}  ({fast.latency_ms / slow.latency_ms:.1%})"
+            lines.append(f"ms a pass   {times}  batch {batch}, {plural(fast.threads, 'thread')}")
+        return "\n".join(lines)
+
+    return small, report
 
 
 @cli.command(

@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .common import MODEL_HELP, OUTPUT, calibration_data, cli, data_options, examples, load_model, model_options
+from .common import MODEL_HELP, cli, compression, examples
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from .common import Compressed
 
 EXCLUDE = click.option("--exclude", multiple=True, help="Pattern of parameter names to leave alone; repeatable.")
 
@@ -22,7 +24,6 @@ EXCLUDE = click.option("--exclude", multiple=True, help="Pattern of parameter na
         "zoo-compress sparsify runs/mine/model --pattern 2:4 -o quarter",
     )
 )
-@click.argument("model")
 @click.option("--density", type=float, help="Fraction of the weights to keep.")
 @click.option("--pattern", help="What is removed as a whole: kernel, channel; or N:M, which keeps N of every M weights.")
 @click.option(
@@ -30,29 +31,13 @@ EXCLUDE = click.option("--exclude", multiple=True, help="Pattern of parameter na
 )
 @click.option("--scope", default="global", show_default=True, help="global ranks all weights together, local those of each layer.")
 @click.option("--seed", type=int, default=0, show_default=True, help="For the random criterion.")
-@data_options("Images with labels, for criteria that look at them: imagefolder:PATH, digits, or a name timm.data takes.")
 @EXCLUDE
-@OUTPUT
-@model_options
-def sparsify(
-    model: str,
-    source: str | None,
-    data_root: str | None,
-    images: int,
-    output: Path,
-    pretrained: bool,
-    args: tuple[str, ...],
-    **settings: Any,
-) -> None:
+@compression("Images with labels, for criteria that look at them: imagefolder:PATH, digits, or a name timm.data takes.")
+def sparsify(model: "nn.Module", data: Any, **settings: Any) -> "Compressed":
     """Remove MODEL's least important weights, without training, and save it: the file holds those that are left."""
     import zoo_compress as zc
 
-    from ..training.checkpoint import check_empty
-
-    check_empty(output)
-    loaded = load_model(model, pretrained, args)
-    data: Any = calibration_data(loaded, source, data_root, images) if source else None
-    _finish(zc.sparsify(loaded, data=data, **settings), output)
+    return _weighed(zc.sparsify(model, data=data, **settings))
 
 
 @cli.command(
@@ -60,29 +45,24 @@ def sparsify(
     + "\n\n"
     + examples("zoo-compress cluster resnet18 --pretrained --bits 4 -o few", "zoo-compress cluster thin --bits 5 -o deep  # a sparse model")
 )
-@click.argument("model")
 @click.option("--bits", type=int, default=4, show_default=True, help="Of an index into a layer's values, 1 to 8.")
 @EXCLUDE
-@OUTPUT
-@model_options
-def cluster(model: str, bits: int, exclude: tuple[str, ...], output: Path, pretrained: bool, args: tuple[str, ...]) -> None:
+@compression()
+def cluster(model: "nn.Module", data: None, bits: int, exclude: tuple[str, ...]) -> "Compressed":
     """Let the weights of each of MODEL's layers share few values, without training, and save it."""
     import zoo_compress as zc
 
-    from ..training.checkpoint import check_empty
-
-    check_empty(output)
-    _finish(zc.cluster(load_model(model, pretrained, args), bits, exclude=exclude), output)
+    return _weighed(zc.cluster(model, bits, exclude=exclude))
 
 
-def _finish(model: "nn.Module", output: Path) -> None:
-    import zoo_compress as zc
-
+def _weighed(model: "nn.Module") -> "Compressed":
     from ..plugin.weights import WEIGHTS
     from ..surgery.masks import density, masks_of
 
-    zc.save(model, output)
-    dense = sum(tensor.nbytes for tensor in model.state_dict().values())
-    size = (output / WEIGHTS).stat().st_size
-    left = f"{density(masks_of(model)):.1%} of the weights of convolutions and linear layers"
-    click.echo(f"{output}: {left}, {size:,} bytes, {dense / size:.1f} times smaller than dense; nothing was fine-tuned")
+    def report(output: Path) -> str:
+        dense = sum(tensor.nbytes for tensor in model.state_dict().values())
+        size = (output / WEIGHTS).stat().st_size
+        left = f"{density(masks_of(model)):.1%} of the weights of convolutions and linear layers"
+        return f"{left}, {size:,} bytes, {dense / size:.1f} times smaller than dense"
+
+    return model, report
