@@ -2,8 +2,10 @@
 
 import re
 import statistics
+from pathlib import Path
 
 import pytest
+import timm
 import torch
 from click.testing import CliRunner
 
@@ -13,8 +15,11 @@ from zoo_compress.compare import compare, format_lines
 from zoo_compress.errors import RecipeError
 from zoo_compress.recipe import load_recipe
 from zoo_compress.record import read_record
-from zoo_compress.rethink import rethink
+from zoo_compress.rethink import rethink, training_of
 from zoo_compress.sharing import card
+from zoo_compress.surgery.masks import masks_of
+
+ROOT = Path(__file__).parent.parent
 
 START = """
 model:
@@ -106,6 +111,32 @@ def test_compare(done, tmp_path):
     assert result.exit_code == 0
     assert f"{found[-1].top1[0]:.2f}" in result.output
     assert "±" not in result.output, "one seed has no spread"
+
+
+def test_training_that_removes_blocks_counts_from_the_network_it_began_with(tmp_path):
+    """What is saved is the smaller one, and no stage was before it: Scratch-B has the whole network's MACs to spend all the same."""
+    method = "  - train: {epochs: 2, lr: 3e-3, method: {blocks: {penalty: 0.1, least: 1.0}}}\n"
+    table = {line.label: line for line in rethink(write(tmp_path, method, TUNE, SAVE), (0,), log=silent)}
+    whole = zc.analyze(timm.create_model("test_resnet", num_classes=10, in_chans=1, pretrained_cfg_overlay={"input_size": (1, 8, 8)}))
+    assert table["Scratch-E"].macs == table["Scratch-B"].macs == table["model"].macs < whole.macs()
+    output = tmp_path / "recipe_seed0"
+    assert zc.load(output / "scratch_e/model").state_dict().keys() == zc.load(output / "model").state_dict().keys()
+    stages = [load_recipe(output / f"scratch_{kind}.yaml").stages[1] for kind in "eb"]
+    assert [stage.epochs for stage in stages] == [2, round(2 * whole.macs() / table["model"].macs)]
+    assert [stage.method for stage in stages] == [None, None]
+
+
+def test_training_that_removes_weights_is_compared_with_the_same_mask(tmp_path):
+    method = "  - train: {epochs: 1, lr: 3e-3, method: {gradual: {density: 0.3, every: 1}}}\n"
+    rethink(write(tmp_path, method, SAVE), (0,), log=silent)
+    pruned, scratch = (masks_of(zc.load(tmp_path / "recipe_seed0" / folder / "model")) for folder in (".", "scratch_e"))
+    assert pruned.keys() == scratch.keys() != set()
+    assert all(torch.equal(mask, scratch[name]) for name, mask in pruned.items())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes/rethink").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_can_be_rethought(path):
+    assert [stage.epochs for stage in training_of(path, load_recipe(path))] == [4]
 
 
 @pytest.mark.parametrize("kind", ["slim", "us"])

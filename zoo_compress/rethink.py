@@ -12,19 +12,20 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from .actions import create
 from .compare import Line, check_seeds, lines
 from .errors import RecipeError
 from .methods.reinitialize import ReinitializeConfig
 from .methods.slimmable import Slimmable
 from .plan import make_plan
 from .plugin.hub import load, save
-from .recipe import EvaluateStage, ModelConfig, Recipe, SaveStage, TrainStage, load_recipe
+from .recipe import EvaluateStage, ModelConfig, Recipe, SaveStage, TrainStage, load_recipe, methods_of
 from .record import Record, write_record
 from .runner import run
 from .sharing.card import saved_folder
 from .sharing.recipe_text import to_yaml
+from .surgery.trace import analyze
 from .training.checkpoint import write_atomic
-from .training.task import MethodConfig
 
 
 def rethink(path: str | Path, seeds: Sequence[int], *, log: Callable[[str], None] | None = None) -> list[Line]:
@@ -46,21 +47,21 @@ def rethink(path: str | Path, seeds: Sequence[int], *, log: Callable[[str], None
         CompressError: A run failed.
     """
     check_seeds(seeds)
-    training = _training(path, load_recipe(path))
+    training = training_of(path, load_recipe(path))
     return lines(Path(path).stem, [_one(path, training, seed, log) for seed in seeds])
 
 
-def _training(path: str | Path, recipe: Recipe) -> tuple[TrainStage, ...]:
-    """The stages that train the model before it is compressed. Ways to train that prepare for it are not theirs."""
+def training_of(path: str | Path, recipe: Recipe) -> tuple[TrainStage, ...]:
+    """The stages that train the model before it is compressed, or while. Ways to train that prepare for it or do it are not theirs."""
     plan = make_plan(recipe)
-    first = next((step.index for step in plan if step.compresses), None)
-    methods = [step.action.method for step in plan if isinstance(step.action, TrainStage)]
-    if first is None and not any(method.elastic for method in methods if isinstance(method, MethodConfig)):
+    first = next((step.index for step in plan if step.compresses or any(method.compresses for method in methods_of(step.action))), None)
+    if first is None and not any(method.elastic for step in plan for method in methods_of(step.action)):
         raise RecipeError(
             f"{path}: expected a stage that compresses, or trains several widths, found none: there is nothing to compare with training "
             "from scratch"
         )
-    stages = tuple(step.action for step in plan[:first] if isinstance(step.action, TrainStage))
+    last = len(plan) if first is None else first
+    stages = tuple(step.action for step in plan[: last + 1] if isinstance(step.action, TrainStage))
     if not stages:
         raise RecipeError(
             f"{path}: expected a train stage before the first that compresses, found none: how its model was trained is not known"
@@ -78,7 +79,7 @@ def _one(path: str | Path, training: tuple[TrainStage, ...], seed: int, log: Cal
         return record
     recipe = load_recipe(path).with_seed(seed)
     output = Path(recipe.output).expanduser()
-    before, after = record.table[0].macs, record.table[-1].macs
+    before, after = analyze(create(recipe)).macs(), record.table[-1].macs
     rows, saved = [], saved_folder(output)
     assert saved is not None  # the recipe ends with a save stage
     for label, name, start, factor in _starts(saved, before / after):

@@ -40,6 +40,7 @@ class GradualConfig(MethodConfig):
         regrow_by: what replaces them: those of the largest `gradient` (RigL), or `random` ones (SET).
     """
 
+    compresses = True
     kind: Literal["gradual"] = "gradual"
     density: Annotated[float, Field(gt=0, lt=1)]
     start: Fraction = 0.0

@@ -35,6 +35,7 @@ class SelectionConfig(MethodConfig):
     """
 
     changes = True
+    compresses = True
     penalty: Annotated[float, Field(gt=0)] = 1e-2
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     least: Fraction = 0.01
