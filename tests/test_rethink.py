@@ -115,14 +115,14 @@ def test_compare(done, tmp_path):
 
 def test_training_that_removes_blocks_counts_from_the_network_it_began_with(tmp_path):
     """What is saved is the smaller one, and no stage was before it: Scratch-B has the whole network's MACs to spend all the same."""
-    method = "  - train: {epochs: 2, lr: 3e-3, method: {blocks: {penalty: 0.1, least: 1.0}}}\n"
+    method = "  - train: {epochs: 5, lr: 3e-3, method: {blocks: {penalty: 0.1, least: 1.0}}}\n"
     table = {line.label: line for line in rethink(write(tmp_path, method, TUNE, SAVE), (0,), log=silent)}
     whole = zc.analyze(timm.create_model("test_resnet", num_classes=10, in_chans=1, pretrained_cfg_overlay={"input_size": (1, 8, 8)}))
     assert table["Scratch-E"].macs == table["Scratch-B"].macs == table["model"].macs < whole.macs()
     output = tmp_path / "recipe_seed0"
     assert zc.load(output / "scratch_e/model").state_dict().keys() == zc.load(output / "model").state_dict().keys()
     stages = [load_recipe(output / f"scratch_{kind}.yaml").stages[1] for kind in "eb"]
-    assert [stage.epochs for stage in stages] == [2, round(2 * whole.macs() / table["model"].macs)]
+    assert [stage.epochs for stage in stages] == [5, round(5 * whole.macs() / table["model"].macs)]
     assert [stage.method for stage in stages] == [None, None]
 
 
@@ -132,6 +132,9 @@ def test_training_that_removes_weights_is_compared_with_the_same_mask(tmp_path):
     pruned, scratch = (masks_of(zc.load(tmp_path / "recipe_seed0" / folder / "model")) for folder in (".", "scratch_e"))
     assert pruned.keys() == scratch.keys() != set()
     assert all(torch.equal(mask, scratch[name]) for name, mask in pruned.items())
+    scratch_e, scratch_b = read_record(tmp_path / "recipe_seed0").baselines
+    assert scratch_b == scratch_e.model_copy(update={"label": "Scratch-B"}), "as many epochs are as much compute"
+    assert not (tmp_path / "recipe_seed0/scratch_b").exists()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes/rethink").glob("*.yaml")), ids=lambda path: path.stem)

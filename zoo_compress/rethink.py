@@ -20,7 +20,7 @@ from .methods.slimmable import Slimmable
 from .plan import make_plan
 from .plugin.hub import load, save
 from .recipe import EvaluateStage, ModelConfig, Recipe, SaveStage, TrainStage, load_recipe, methods_of
-from .record import Record, write_record
+from .record import Record, Row, write_record
 from .runner import run
 from .sharing.card import saved_folder
 from .sharing.recipe_text import to_yaml
@@ -80,14 +80,19 @@ def _one(path: str | Path, training: tuple[TrainStage, ...], seed: int, log: Cal
     recipe = load_recipe(path).with_seed(seed)
     output = Path(recipe.output).expanduser()
     before, after = analyze(create(recipe)).macs(), record.table[-1].macs
-    rows, saved = [], saved_folder(output)
+    saved = saved_folder(output)
     assert saved is not None  # the recipe ends with a save stage
+    found: list[tuple[Recipe, Row]] = []
     for label, name, start, factor in _starts(saved, before / after):
         baseline = _baseline(recipe, output, training, label, name, start, factor)
-        file = output / f"{name}.yaml"
-        write_atomic(file, (to_yaml(baseline) + "\n").encode())
-        rows.append(run(file, log=log).table[-1].model_copy(update={"label": label}))
-    record = record.model_copy(update={"baselines": tuple(rows)})
+        # Where as much compute is as many epochs, as for masks, both baselines are one.
+        row = next((row for other, row in found if (other.model, other.stages) == (baseline.model, baseline.stages)), None)
+        if row is None:
+            file = output / f"{name}.yaml"
+            write_atomic(file, (to_yaml(baseline) + "\n").encode())
+            row = run(file, log=log).table[-1]
+        found.append((baseline, row.model_copy(update={"label": label})))
+    record = record.model_copy(update={"baselines": tuple(row for _, row in found)})
     write_record(output, record)
     return record
 
