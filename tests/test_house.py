@@ -11,7 +11,7 @@ import timm
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "zoo_compress"
-FLOORS = {"errors": 0, "structure": 1, "zoo": 1, "surgery": 2, "profiling": 3, "training": 4, "methods": 5, "plugin": 6}
+FLOORS = {"errors": 0, "figures": 1, "structure": 1, "zoo": 1, "surgery": 2, "profiling": 3, "training": 4, "methods": 5, "plugin": 6}
 TOP = 7
 FILES = sorted(PACKAGE.rglob("*.py"))
 

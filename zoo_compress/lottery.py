@@ -25,6 +25,7 @@ import zoo_compress as zc
 from .actions import create, open_images
 from .compare import check_seeds
 from .errors import RecipeError
+from .figures import blank_figure, save_figure
 from .methods.reinitialize import reinitialize
 from .recipe import EvaluateStage, Recipe, SaveStage, TrainStage, load_recipe
 from .record import Entry, aligned, machine, versions
@@ -337,10 +338,12 @@ def format_curves(table: Sequence[Curve]) -> str:
 
 
 def plot(table: Sequence[Curve], file: str | Path, title: str = "") -> None:
-    """Draw the curves into a PNG or any other format of matplotlib (extra `plots`)."""
-    from matplotlib.figure import Figure
+    """Draw the curves into a PNG or any other format of matplotlib (extra `plots`).
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    Raises:
+        CompressError: The picture cannot be written, or matplotlib is missing.
+    """
+    figure = blank_figure((7, 4.5))
     axes = figure.subplots()
     for curve in table:
         left = [100 * x for x in curve.remaining]
@@ -350,4 +353,4 @@ def plot(table: Sequence[Curve], file: str | Path, title: str = "") -> None:
     axes.set(xlabel="weights left, %", ylabel="top-1, %", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(file, dpi=150)
+    save_figure(figure, file, dpi=150)

@@ -49,9 +49,12 @@ def exits(
     as runs with other seeds, give mean and standard deviation. Thresholds are found on training images, accuracies on test images.
     """
     from ..curve import BUDGETS, curve, format_curves
+    from ..figures import check_figure
     from ..training.data import check_fits, eval_loader, held_out_batches
     from ..training.sources import open_source
 
+    if plot is not None:
+        check_figure(plot)
     curves, trained_on = [], False
     for name in models:
         net, found = _opened(name, source, data_root)

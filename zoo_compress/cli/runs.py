@@ -97,9 +97,12 @@ def lottery(recipe: Path, seeds: tuple[int, ...], picture: Path | None, controls
 
     Prints accuracy against the weights that are left, for tickets and controls (Frankle & Carbin 2019). Goes on where it was stopped.
     """
+    from ..figures import check_figure
     from ..lottery import CONTROLS, LotteryConfig, curves, format_curves, plot
     from ..lottery import lottery as run_all
 
+    if picture is not None:
+        check_figure(picture)
     table = curves(run_all(recipe, LotteryConfig(controls=controls or CONTROLS, **settings), seeds))
     click.echo(format_curves(table))
     if picture is not None:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ..errors import CompressError, WidthError
+from ..figures import blank_figure, save_figure
 from ..structure.bank import Choice
 from ..surgery.calibrate import Statistics, calibrated
 from ..surgery.images import LIMIT, fitting
@@ -77,16 +78,17 @@ class SearchResult:
 
         Args:
             path: Image file; its ending says which kind.
-        """
-        from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(6, 4), layout="constrained")
+        Raises:
+            CompressError: The picture cannot be written, or matplotlib is missing.
+        """
+        figure = blank_figure((6, 4))
         axes = figure.add_subplot(xlabel="MACs of the bank, %", ylabel="top-1, %")
         axes.scatter([100 * c.macs / self.whole for c in self.judged], [c.top1 for c in self.judged], s=12, label="judged")
         axes.plot([100 * c.macs / self.whole for c in self.front], [c.top1 for c in self.front], "o-", color="C1", label="Pareto front")
         axes.scatter([100 * self.best.macs / self.whole], [self.best.top1], marker="*", s=160, color="C3", zorder=3, label="best")
         axes.legend()
-        figure.savefig(path)
+        save_figure(figure, path)
 
 
 def search(

@@ -11,9 +11,9 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from ..errors import CompressError
+from ..figures import blank_figure, check_figure, save_figure
 from ..surgery.exits import ExitsModel
 from ..surgery.images import fitting, image_batches
-from .picture import blank_figure
 
 
 def by_exit(
@@ -65,10 +65,11 @@ def plot_exits(
         How many images left at each exit, the network's own end last.
 
     Raises:
-        CompressError: As `by_exit`, or if matplotlib is missing.
+        CompressError: As `by_exit`, or if the picture cannot be written or matplotlib is missing.
     """
     if isinstance(columns, bool) or not isinstance(columns, int) or columns < 1:
         raise CompressError(f"plot_exits: expected columns of at least 1, found {columns!r}")
+    check_figure(path)
     shown, left = by_exit(net, images, threshold)
     pixels = _pixels(net, shown)
     exits = len(net.exits)  # type: ignore[arg-type]
@@ -82,9 +83,7 @@ def plot_exits(
         axes.set_frame_on(False)
         name = f"exit {exit}" if exit < exits else "end"
         axes.set_ylabel(f"{name}\n{count / len(left):.0%}", rotation=0, ha="right", va="center", fontsize=8)
-    # Without the time it was drawn at, so that the same images give the same file.
-    metadata = {"Software": None} if Path(path).suffix == ".png" else None
-    figure.savefig(path, dpi=120, bbox_inches="tight", metadata=metadata)
+    save_figure(figure, path, dpi=120, bbox_inches="tight")
     return counts
 
 

@@ -3,30 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from timm.models import model_entrypoint
 from torch import nn
 
 from ..errors import CompressError
+from ..figures import blank_figure, save_figure
 from ..surgery.origin import variant_of
-
-
-def blank_figure(size: tuple[float, float]) -> Any:
-    """A matplotlib figure that no window shows, of so many inches.
-
-    Raises:
-        CompressError: Matplotlib is missing.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise CompressError("pictures need matplotlib: pip install 'zoo_compress[plots]'") from error
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def widths(model: nn.Module) -> list[tuple[str, int, int]]:
@@ -67,5 +51,4 @@ def draw(model: nn.Module, path: Path) -> None:
     axes.set_xlabel("output channels")
     axes.margins(y=0.01)
     axes.legend(loc="lower right", fontsize=8)
-    # Without the time it was drawn at, so that the same model gives the same file.
-    figure.savefig(path, dpi=100, metadata={"Software": None})
+    save_figure(figure, path, dpi=100)
