@@ -51,7 +51,7 @@ def write(folder, *stages, name="recipe"):
 def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rethink")
     path = write(folder, TRAIN, PRUNE, TUNE, SAVE)
-    return folder, path, rethink(path, (0, 1), log=silent)
+    return folder, path, rethink([path], (0, 1), log=silent)
 
 
 def test_the_baselines_have_the_pruned_structure_and_the_papers_epochs(done):
@@ -92,7 +92,7 @@ def test_numbers_are_those_of_the_records(done):
 def test_nothing_is_trained_twice_and_cards_show_both(done):
     folder, path, table = done
     said = []
-    assert rethink(path, (0, 1), log=said.append) == table
+    assert rethink([path], (0, 1), log=said.append) == table
     assert all("finished earlier" in line for line in said)
     text = (card.write(folder / "recipe_seed0", [folder / "recipe_seed1"]) / "README.md").read_text()
     assert "Not measured" not in text
@@ -116,7 +116,7 @@ def test_compare(done, tmp_path):
 def test_training_that_removes_blocks_counts_from_the_network_it_began_with(tmp_path):
     """What is saved is the smaller one, and no stage was before it: Scratch-B has the whole network's MACs to spend all the same."""
     method = "  - train: {epochs: 5, lr: 3e-3, method: {blocks: {penalty: 0.1, least: 1.0}}}\n"
-    table = {line.label: line for line in rethink(write(tmp_path, method, TUNE, SAVE), (0,), log=silent)}
+    table = {line.label: line for line in rethink([write(tmp_path, method, TUNE, SAVE)], (0,), log=silent)}
     whole = zc.analyze(timm.create_model("test_resnet", num_classes=10, in_chans=1, pretrained_cfg_overlay={"input_size": (1, 8, 8)}))
     assert table["Scratch-E"].macs == table["Scratch-B"].macs == table["model"].macs < whole.macs()
     output = tmp_path / "recipe_seed0"
@@ -128,7 +128,7 @@ def test_training_that_removes_blocks_counts_from_the_network_it_began_with(tmp_
 
 def test_training_that_removes_weights_is_compared_with_the_same_mask(tmp_path):
     method = "  - train: {epochs: 1, lr: 3e-3, method: {gradual: {density: 0.3, every: 1}}}\n"
-    rethink(write(tmp_path, method, SAVE), (0,), log=silent)
+    rethink([write(tmp_path, method, SAVE)], (0,), log=silent)
     pruned, scratch = (masks_of(zc.load(tmp_path / "recipe_seed0" / folder / "model")) for folder in (".", "scratch_e"))
     assert pruned.keys() == scratch.keys() != set()
     assert all(torch.equal(mask, scratch[name]) for name, mask in pruned.items())
@@ -146,7 +146,7 @@ def test_shipped_recipes_can_be_rethought(path):
 def test_each_width_of_a_slimmable_network_is_trained_alone(tmp_path, kind):
     method = f"  - train: {{epochs: 2, lr: 3e-3, method: {{{kind}: {{widths: [0.5, 1.0], round_to: 4}}}}}}\n"
     path = write(tmp_path, method, SAVE)
-    table = {line.label: line for line in rethink(path, (0,), log=silent)}
+    table = {line.label: line for line in rethink([path], (0,), log=silent)}
     assert list(table) == ["model ×1", "model ×0.5", "Scratch-E ×1", "Scratch-E ×0.5"]
     output = tmp_path / "recipe_seed0"
     net = zc.load(output / "model")
@@ -174,8 +174,27 @@ def test_each_width_of_a_slimmable_network_is_trained_alone(tmp_path, kind):
 )
 def test_what_cannot_be_compared_is_said_before_anything_runs(tmp_path, stages, seeds, message):
     with pytest.raises(RecipeError, match=re.escape(message)):
-        rethink(write(tmp_path, *stages), seeds, log=silent)
+        rethink([write(tmp_path, *stages)], seeds, log=silent)
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_what_recipes_train_alike_is_trained_once(tmp_path):
+    """Taken over from the first, the second ends with the weights it has by itself; what trains otherwise takes nothing."""
+    first = write(tmp_path, TRAIN, PRUNE, SAVE, name="first")
+    second = write(tmp_path, TRAIN, "  - sparsify: {density: 0.4}\n", TUNE, SAVE, name="second")
+    third = write(tmp_path, TRAIN.replace("3e-3", "2e-3"), PRUNE, SAVE, name="third")
+    said = []
+    together = compare([first, second, third], (0, 1), log=said.append)
+    taken = [line for line in said if "begins as the run in" in line]
+    assert [line.partition(" did:")[0] for line in taken] == [f"begins as the run in {tmp_path}/first_seed{seed}" for seed in (0, 1)]
+    moved = [folder.rename(folder.with_name(f"was_{folder.name}")) for folder in sorted(tmp_path.glob("second_seed*"))]
+    assert compare([second], (0, 1), log=silent) == [line for line in together if line.recipe == "second"]
+    for before in moved:
+        now = before.with_name(before.name.removeprefix("was_"))
+        assert (before / "model/model.safetensors").read_bytes() == (now / "model/model.safetensors").read_bytes()
+        epochs = [[epoch.train_loss for step in read_record(folder).steps for epoch in step.epochs] for folder in (before, now)]
+        assert epochs[0] == epochs[1]
+        assert len(epochs[0]) == 3
 
 
 def test_recipes_of_one_name_are_refused(tmp_path):

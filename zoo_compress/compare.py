@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import RecipeError
+from .recipe import load_recipe
 from .record import Record, aligned
 from .runner import run
 
@@ -49,6 +50,8 @@ class Line:
 def compare(paths: Sequence[str | Path], seeds: Sequence[int], *, log: Callable[[str], None] | None = None) -> list[Line]:
     """Run recipes with seeds, or what is left of that, and put their models side by side.
 
+    A recipe that trains the same model in the same way as one before it, until it is compressed, takes over what that trained.
+
     Args:
         paths: Recipes.
         seeds: Seeds; each run has an output folder of its own, as `run(path, seed=…)` makes it.
@@ -59,12 +62,27 @@ def compare(paths: Sequence[str | Path], seeds: Sequence[int], *, log: Callable[
         CompressError: A run failed.
     """
     check_seeds(seeds)
+    found = []
+    for place, (name, path) in enumerate(zip(names_of(paths), paths, strict=True)):
+        found += lines(name, [run(path, seed=seed, others=outputs(paths[:place], seed), log=log) for seed in seeds])
+    return found
+
+
+def names_of(paths: Sequence[str | Path]) -> list[str]:
+    """What to call recipes: their files' names without ending.
+
+    Raises:
+        RecipeError: Two are the same.
+    """
     names = [Path(path).stem for path in paths]
     if len(set(names)) != len(names):
-        raise RecipeError(f"compare: expected recipes with different file names, found {', '.join(sorted(names))}")
-    return [
-        line for name, path in zip(names, paths, strict=True) for line in lines(name, [run(path, seed=seed, log=log) for seed in seeds])
-    ]
+        raise RecipeError(f"expected recipes with different file names, found {', '.join(sorted(names))}")
+    return names
+
+
+def outputs(paths: Sequence[str | Path], seed: int) -> list[str]:
+    """Output folders of the runs of recipes with a seed."""
+    return [load_recipe(path).with_seed(seed).output for path in paths]
 
 
 def check_seeds(seeds: Sequence[int]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .actions import create
-from .compare import Line, check_seeds, lines
+from .compare import Line, check_seeds, lines, names_of, outputs
 from .errors import RecipeError
 from .methods.reinitialize import ReinitializeConfig
 from .methods.slimmable import Slimmable
@@ -28,27 +28,31 @@ from .surgery.trace import analyze
 from .training.checkpoint import write_atomic
 
 
-def rethink(path: str | Path, seeds: Sequence[int], *, log: Callable[[str], None] | None = None) -> list[Line]:
-    """Run a recipe and its baselines with seeds, or what is left of that.
+def rethink(paths: Sequence[str | Path], seeds: Sequence[int], *, log: Callable[[str], None] | None = None) -> list[Line]:
+    """Run recipes and their baselines with seeds, or what is left of that.
 
     The baselines are recipes too: `scratch_e.yaml` and `scratch_b.yaml`, or `alone_0.5.yaml` and its like for widths, in the output folder
     of each run, whose record then holds their rows, from which model cards take them.
 
     Args:
-        path: A recipe that trains a model, compresses it, and saves the result, or that trains and saves one of several widths.
+        paths: Recipes that train a model, compress it, and save the result, or that train and save one of several widths. What several
+            train in the same way is trained once, as in `compare`.
         seeds: Seeds; each run has an output folder of its own, as `run(path, seed=…)` makes it.
         log: As for `run`.
 
     Returns:
-        The recipe's table with its baselines, over seeds.
+        The recipes' tables with their baselines, over seeds.
 
     Raises:
-        RecipeError: The recipe is none, or does not train before it compresses, or saves nothing; before anything is trained.
+        RecipeError: A recipe is none, or does not train before it compresses, or saves nothing; before anything is trained.
         CompressError: A run failed.
     """
     check_seeds(seeds)
-    training = training_of(path, load_recipe(path))
-    return lines(Path(path).stem, [_one(path, training, seed, log) for seed in seeds])
+    found: list[Line] = []
+    studies = [(name, path, training_of(path, load_recipe(path))) for name, path in zip(names_of(paths), paths, strict=True)]
+    for place, (name, path, training) in enumerate(studies):
+        found += lines(name, [_one(path, training, seed, outputs(paths[:place], seed), log) for seed in seeds])
+    return found
 
 
 def training_of(path: str | Path, recipe: Recipe) -> tuple[TrainStage, ...]:
@@ -73,8 +77,8 @@ def training_of(path: str | Path, recipe: Recipe) -> tuple[TrainStage, ...]:
     return tuple(stage.model_copy(update={"method": None}) for stage in stages)
 
 
-def _one(path: str | Path, training: tuple[TrainStage, ...], seed: int, log: Callable[[str], None] | None) -> Record:
-    record = run(path, seed=seed, log=log)
+def _one(path: str | Path, training: tuple[TrainStage, ...], seed: int, others: Sequence[str], log: Callable[[str], None] | None) -> Record:
+    record = run(path, seed=seed, others=others, log=log)
     if record.baselines:
         return record
     recipe = load_recipe(path).with_seed(seed)

@@ -6,13 +6,14 @@ A step is done when the record names it. What was in the making when a run was k
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from tqdm import tqdm
 
 import zoo_compress as zc
@@ -22,17 +23,27 @@ from .errors import RecipeError
 from .plan import Step, make_plan, milestones
 from .recipe import Recipe, load_recipe
 from .record import RECORD_NAME, Record, StepRecord, machine, read_record, versions, write_record
-from .sharing.recipe_text import is_of
+from .sharing.recipe_text import is_of, recipe_of
+from .training.config import TrainConfig
 from .training.distributed import Processes, init_processes
 
 
-def run(path: str | Path, *, fresh: bool = False, seed: int | None = None, log: Callable[[str], None] | None = None) -> Record:
+def run(
+    path: str | Path,
+    *,
+    fresh: bool = False,
+    seed: int | None = None,
+    others: Sequence[str | Path] = (),
+    log: Callable[[str], None] | None = None,
+) -> Record:
     """Run a recipe, or what is left of it.
 
     Args:
         path: the recipe.
         fresh: start over, whatever an earlier run left in the output folder.
         seed: another seed than the recipe's; the output folder's name then ends with it.
+        others: output folders of other runs. A run that trained the same model in the same way, before it compressed it, is taken over
+            up to there: this one would get the same numbers. Not where several processes train.
         log: takes lines about progress; None writes them to standard error, between progress bars.
 
     Returns:
@@ -73,7 +84,8 @@ def run(path: str | Path, *, fresh: bool = False, seed: int | None = None, log: 
         with locked(output, processes):
             if processes.primary and not record.steps:
                 _clear(output)
-            for step in state.plan[len(record.steps) :]:
+                state = replace(state, record=_begun(state, others))
+            for step in state.plan[len(state.record.steps) :]:
                 state = replace(state, record=_do(state, step))
     return state.record
 
@@ -97,6 +109,43 @@ def _earlier(path: str | Path, recipe: Recipe, output: Path, processes: Processe
             f"{path}: expected to go on with {record.world_size} processes, found {processes.world_size}; use --fresh to start over"
         )
     return record if record.steps else None
+
+
+def _begun(run: Run, others: Sequence[str | Path]) -> Record:
+    """The record to start with: nothing, or what another run did in the way this one would, with its models."""
+    found = {Path(other): _shared(run, Path(other)) for other in others}
+    folder = max(found, key=lambda other: len(found[other]), default=None)
+    if folder is None or run.processes.distributed or not any(step.epochs for step in found[folder]):
+        return run.record
+    shared = found[folder]
+    for step in shared:
+        if step.checkpoint and (folder / step.checkpoint).is_dir():
+            shutil.copytree(folder / step.checkpoint, run.output / step.checkpoint)
+    record = run.record.model_copy(update={"steps": shared})
+    write_record(run.output, record)
+    run.log(f"begins as the run in {folder} did: taken over up to {shared[-1].name}")
+    return record
+
+
+def _shared(run: Run, folder: Path) -> tuple[StepRecord, ...]:
+    """What a run in another folder did that this one would do to the bit: making the model and training it, up to a model that is there."""
+    record = read_record(folder)
+    if record is None or (record.world_size, record.versions, record.machine) != (1, run.record.versions, run.record.machine):
+        return ()
+    try:
+        other = recipe_of(record.recipe)
+    except ValidationError:
+        return ()  # of another version
+    if (other.model, other.data, other.seed, other.device) != (run.recipe.model, run.recipe.data, run.recipe.seed, run.recipe.device):
+        return ()
+    found: tuple[StepRecord, ...] = ()
+    for mine, theirs, done in zip(run.plan, make_plan(other), record.steps, strict=False):
+        if mine.action != theirs.action or not (mine.action == "create" or isinstance(mine.action, TrainConfig)):
+            break
+        found = (*found, done)
+    while found and not (found[-1].checkpoint and (folder / found[-1].checkpoint).is_dir()):
+        found = found[:-1]
+    return found
 
 
 def _do(run: Run, step: Step) -> Record:

@@ -54,26 +54,35 @@ SEEDS = click.option("--seeds", type=int, multiple=True, default=(0, 1, 2), show
 @click.argument("recipes", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RECIPE...")
 @SEEDS
 def compare(recipes: tuple[Path, ...], seeds: tuple[int, ...]) -> None:
-    """Run recipes with several seeds, or what is left of that, and print their models in one table with mean and spread of accuracy."""
+    """Run recipes with several seeds, or what is left of that, and print their models in one table with mean and spread of accuracy.
+
+    What several recipes train in the same way before they compress it is trained once.
+    """
     from ..compare import compare as run_all
     from ..compare import format_lines
 
     click.echo(format_lines(run_all(recipes, seeds)))
 
 
-@cli.command(epilog=examples("zoo-compress rethink recipes/test_byobnet_fmnist_half.yaml", "zoo-compress rethink RECIPE --seeds 0"))
-@click.argument("recipe", type=click.Path(path_type=Path))
+@cli.command(
+    epilog=examples(
+        "zoo-compress rethink recipes/test_byobnet_fmnist_half.yaml --seeds 0",
+        "zoo-compress rethink recipes/rethink/resnet_*.yaml",
+    )
+)
+@click.argument("recipes", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RECIPE...")
 @SEEDS
-def rethink(recipe: Path, seeds: tuple[int, ...]) -> None:
-    """Run RECIPE, then train what it ends with from scratch, and print both with mean and spread of accuracy.
+def rethink(recipes: tuple[Path, ...], seeds: tuple[int, ...]) -> None:
+    """Run recipes, then train what they end with from scratch, and print both with mean and spread of accuracy.
 
     Scratch-E trains for as many epochs as the recipe trained before it compressed, Scratch-B with as much compute (Liu et al. 2019). Of a
-    network of several widths, Scratch-E trains each alone. Model cards of the runs show them from then on.
+    network of several widths, Scratch-E trains each alone. Model cards of the runs show them from then on. What several recipes train in
+    the same way before they compress it is trained once.
     """
     from ..compare import format_lines
     from ..rethink import rethink as run_all
 
-    click.echo(format_lines(run_all(recipe, seeds)))
+    click.echo(format_lines(run_all(recipes, seeds)))
 
 
 @cli.command(
