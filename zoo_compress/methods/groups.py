@@ -51,20 +51,17 @@ class GroupsConfig(SelectionConfig):
         return sum(grouped.size for grouped in groups_of(model, analyze(model)))
 
     def attach(self, net: nn.Module, factors: Callable[[nn.Module], Tensor]) -> list[RemovableHandle]:
-        def scale(start: int, place: Tensor, dim: int) -> Any:
+        def scale(start: int, places: np.ndarray) -> Any:
             def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
                 given, *rest = args
-                factor = _of_inputs(factors(module)[start:], place.to(given.device))
-                return given * factor.reshape(-1, *(1,) * (-1 - dim)), *rest
+                return given * _of_inputs(factors(module)[start:], places, module), *rest
 
             return hook
 
         handles, start = [], 0
         for grouped in groups_of(net, analyze(net)):
-            for path, place in grouped.readers.items():
-                layer: Any = net.get_submodule(path)
-                hook = scale(start, torch.from_numpy(place), 1 - layer.weight.ndim)
-                handles.append(layer.register_forward_pre_hook(hook))
+            for path, places in grouped.readers.items():
+                handles.append(net.get_submodule(path).register_forward_pre_hook(scale(start, places)))
             start += grouped.size
         return handles
 
@@ -72,18 +69,19 @@ class GroupsConfig(SelectionConfig):
         layout, start, kept = analyze(net), 0, {}
         for grouped in groups_of(net, layout):
             own = factors[start : start + grouped.size]
-            for path, place in grouped.readers.items():
-                weight: Any = net.get_submodule(path).weight
-                weight.mul_(_of_inputs(own, torch.from_numpy(place).to(weight.device)).reshape(1, -1, *(1,) * (weight.ndim - 2)))
+            for path, places in grouped.readers.items():
+                layer: Any = net.get_submodule(path)
+                layer.weight.mul_(_of_inputs(own, places, layer))
             found = np.flatnonzero((own.abs() >= self.least).cpu().numpy())
             kept[grouped.axis] = found if len(found) else np.array([int(own.abs().argmax())])
             start += grouped.size
         return resize(net, layout, kept)
 
 
-def _of_inputs(factors: Tensor, place: Tensor) -> Tensor:
-    """The factor of each input (inputs,) of a layer: that of its group, or 1."""
-    return torch.where(place >= 0, factors[place.clamp_min(0)], 1.0)
+def _of_inputs(factors: Tensor, places: np.ndarray, layer: Any) -> Tensor:
+    """The factor of each input of a layer, that of its group or 1: (inputs, 1, …), as its images and its weight have them."""
+    index = torch.from_numpy(places).to(factors.device)
+    return torch.where(index >= 0, factors[index.clamp_min(0)], 1.0).reshape(-1, *(1,) * (layer.weight.ndim - 2))
 
 
 def groups_of(model: nn.Module, layout: Layout) -> list[Grouped]:
@@ -121,7 +119,7 @@ def groups_of(model: nn.Module, layout: Layout) -> list[Grouped]:
 def _readers(model: nn.Module, layout: Layout, axis: str) -> tuple[dict[str, np.ndarray], str | None]:
     """The layers that read several channels of each element of an axis, and why not all that read it are such layers, if so."""
     readers, reason = {}, None
-    for name in layout.trained:
+    for name in sorted(layout.trained):
         path, _, kind = name.rpartition(".")
         shape = [parse(dim) for dim in layout.params[name]]
         across = [dim for dim, term in enumerate(shape) if axis in terms.axes(term)]
