@@ -1,12 +1,17 @@
 """Loaders: preprocessing comes from the model, batches fit the processes."""
 
+import copy
+
 import pytest
+import timm
 import torch
+from timm.data import create_loader, resolve_model_data_config
 
 from zoo_compress.errors import CompressError
 from zoo_compress.training.config import AugmentConfig, DataConfig
 from zoo_compress.training.data import calibration_batches, check_fits, eval_loader, held_out_batches, train_loader
 from zoo_compress.training.distributed import Processes
+from zoo_compress.training.loop import reseed
 from zoo_compress.training.sources import open_source
 
 DIGITS = DataConfig(source="digits", batch_size=64)
@@ -41,6 +46,30 @@ def test_augmentation_follows_the_recipe(digits, make_model):
     assert "Flip" not in default
     assert "Jitter" not in default
     assert "RandomResizedCrop" in default
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+@pytest.mark.parametrize(("workers", "erased"), [(0, 0.0), (2, 0.0), (0, 0.5)])
+def test_batches_are_those_of_timms_loader_to_the_bit(in_chans, workers, erased):
+    """Images become tensors a batch at a time here, one by one there; erasing, which timm does on tensors, stays image by image."""
+    cfg = {"input_size": (in_chans, 20, 20), "mean": (0.31,) * in_chans, "std": (0.37,) * in_chans}
+    model = timm.create_model("test_resnet", num_classes=10, in_chans=in_chans, pretrained_cfg_overlay=cfg)
+    source = open_source(DIGITS, in_chans)
+    augment = {"hflip": 0.5, "re_prob": erased}
+    config = DataConfig(source="digits", batch_size=64, workers=workers, augment=AugmentConfig(**augment))
+    ours = train_loader(source, config, model)
+    plain = {"use_prefetcher": False, "persistent_workers": False, "is_training": True, "num_workers": workers}
+    options = {**source.augment, **augment, **resolve_model_data_config(model)}
+    theirs = create_loader(copy.copy(source.train), batch_size=64, **plain, **options)
+    assert isinstance(ours.collate_fn, type(theirs.collate_fn)) == bool(erased)
+    batches = []
+    for loader in (ours, theirs):
+        reseed(0, 0, 0)
+        batches.append([batch for _, batch in zip(range(4), loader, strict=False)])
+    for (images, labels), (expected, known) in zip(*batches, strict=True):
+        assert torch.equal(images, expected)
+        assert images.stride() == expected.stride()
+        assert torch.equal(labels, known)
 
 
 def test_calibration_batches_can_be_walked_twice(digits, make_model):

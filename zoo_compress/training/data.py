@@ -5,10 +5,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from timm.data import create_loader, resolve_model_data_config
+from timm.data.transforms import MaybeToTensor
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
+from torchvision.transforms import Normalize
 
 from ..errors import CompressError
 from .config import DataConfig
@@ -75,7 +79,7 @@ def held_out_batches(source: Source, config: DataConfig, model: nn.Module) -> Ba
 def _loader(
     dataset: Any, batch_size: int, workers: int, model: nn.Module, processes: Processes, *, is_training: bool, **transforms: Any
 ) -> DataLoader:
-    return create_loader(
+    loader = create_loader(
         # timm hangs the transform on the data set; a shallow copy keeps loaders over the same images from changing each other's.
         copy.copy(dataset),
         batch_size=batch_size,
@@ -89,6 +93,35 @@ def _loader(
         **resolve_model_data_config(model),
         **transforms,
     )
+    _normalise_batches_(loader)
+    return loader
+
+
+def _normalise_batches_(loader: DataLoader) -> None:
+    """Let a loader turn images to normalised tensors a batch at a time, to the same bits: for small images, in half the time."""
+    steps = getattr(loader.dataset.transform, "transforms", [])  # type: ignore[attr-defined]
+    if [type(step) for step in steps[-2:]] == [MaybeToTensor, Normalize] and loader.collate_fn is default_collate:
+        loader.dataset.transform.transforms = steps[:-2]  # type: ignore[attr-defined]
+        loader.collate_fn = _Normalised(steps[-1])
+
+
+class _Normalised:
+    """Makes images and labels a batch of normalised tensors.
+
+    Args:
+        normalize: Torchvision's transform.
+    """
+
+    def __init__(self, normalize: Normalize) -> None:
+        self.normalize = normalize
+
+    def __call__(self, items: list[tuple[Image.Image, Any]]) -> Any:
+        pixels = [np.asarray(image) for image, _ in items]
+        if pixels[0].dtype != np.uint8:
+            return default_collate([(self.normalize(MaybeToTensor()(image)), *rest) for image, *rest in items])
+        images = torch.from_numpy(np.stack(pixels))
+        images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
+        return [self.normalize(images.float().div_(255)), *default_collate([tuple(rest) for _, *rest in items])]
 
 
 def check_fits(source: Source, model: nn.Module) -> None:
