@@ -53,6 +53,16 @@ def test_methods_do_not_import_each_other(path):
             assert node.module in shared
 
 
+def test_what_is_no_python_is_in_the_wheel():
+    """Checkpoints, records, the index and templates: all that the package reads beside its own modules."""
+    section = (ROOT / "pyproject.toml").read_text().partition("[tool.setuptools.package-data]")[2].partition("\n[")[0]
+    patterns = {package: ast.literal_eval(globs) for package, globs in re.findall(r'^"([\w.]+)" = (\[.*\])$', section, re.M)}
+    packed = {file for package, globs in patterns.items() for glob in globs for file in ROOT.joinpath(*package.split(".")).glob(glob)}
+    there = {file for file in PACKAGE.rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")}
+    assert there
+    assert there == {file for file in packed if file.is_file()}
+
+
 def test_structure_is_pure_data():
     for path in FILES:
         if "structure" in path.parts:
