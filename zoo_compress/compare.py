@@ -80,9 +80,9 @@ def names_of(paths: Sequence[str | Path]) -> list[str]:
     return names
 
 
-def outputs(paths: Sequence[str | Path], seed: int) -> list[str]:
+def outputs(paths: Sequence[str | Path], seed: int) -> list[Path]:
     """Output folders of the runs of recipes with a seed."""
-    return [load_recipe(path).with_seed(seed).output for path in paths]
+    return [Path(load_recipe(path).with_seed(seed).output).expanduser() for path in paths]
 
 
 def check_seeds(seeds: Sequence[int]) -> None:

@@ -77,7 +77,9 @@ def training_of(path: str | Path, recipe: Recipe) -> tuple[TrainStage, ...]:
     return tuple(stage.model_copy(update={"method": None}) for stage in stages)
 
 
-def _one(path: str | Path, training: tuple[TrainStage, ...], seed: int, others: Sequence[str], log: Callable[[str], None] | None) -> Record:
+def _one(
+    path: str | Path, training: tuple[TrainStage, ...], seed: int, others: Sequence[Path], log: Callable[[str], None] | None
+) -> Record:
     record = run(path, seed=seed, others=others, log=log)
     if record.baselines:
         return record

@@ -115,13 +115,15 @@ class _Normalised:
     def __init__(self, normalize: Normalize) -> None:
         self.normalize = normalize
 
-    def __call__(self, items: list[tuple[Image.Image, Any]]) -> Any:
-        pixels = [np.asarray(image) for image, _ in items]
-        if pixels[0].dtype != np.uint8:
-            return default_collate([(self.normalize(MaybeToTensor()(image)), *rest) for image, *rest in items])
-        images = torch.from_numpy(np.stack(pixels))
-        images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
-        return [self.normalize(images.float().div_(255)), *default_collate([tuple(rest) for _, *rest in items])]
+    def __call__(self, items: list[tuple[Image.Image, Any]]) -> list[torch.Tensor]:
+        images, labels = zip(*items, strict=True)
+        pixels = [np.asarray(image) for image in images]
+        if pixels[0].dtype == np.uint8:
+            bytes_ = torch.from_numpy(np.stack(pixels))
+            batch = (bytes_.unsqueeze(1) if bytes_.ndim == 3 else bytes_.permute(0, 3, 1, 2).contiguous()).float().div_(255)
+        else:
+            batch = default_collate([MaybeToTensor()(image) for image in images])
+        return [self.normalize(batch), default_collate(list(labels))]
 
 
 def check_fits(source: Source, model: nn.Module) -> None:
