@@ -381,6 +381,22 @@ class TestShip:
         ship(made, HALF, "quickstart.yaml", **where)
         assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors", "results.json"]
 
+    def test_a_checkpoint_that_cannot_be_replaced_stays(self, made, tmp_path, monkeypatch):
+        (tmp_path / "zoo").mkdir()
+        (tmp_path / "zoo/index.json").write_text('{"variants": []}')
+        where = {"cards": tmp_path / "cards", "file": tmp_path / "zoo/index.json"}
+        ship(made, HALF, "quickstart.yaml", **where)
+        folder = tmp_path / "zoo/checkpoints" / HALF
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+        def full(path, data):
+            raise OSError("no space left")
+
+        monkeypatch.setattr("zoo_compress.sharing.ship.write_atomic", full)
+        with pytest.raises(OSError, match="no space left"):
+            ship(made, HALF, "quickstart.yaml", **where)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
     def test_ordinary_models_are_not_variants(self, made, tmp_path):
         zc.save(timm.create_model("test_resnet"), made / "model")
         with pytest.raises(CompressError, match="expected a run that made a compressed model, found an ordinary ResNet"):

@@ -1,6 +1,5 @@
 """What each step of a run does: from the model that the step before it saved to a new one, and to its part of the record."""
 
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from .profiling.measure import measure_many
 from .profiling.settings import ways
 from .recipe import Recipe, SaveStage, methods_of
 from .record import Record, Row, StepRecord
+from .training.checkpoint import whole_folder
 from .training.config import FinetuneConfig, TrainConfig
 from .training.data import calibration_batches, check_fits, eval_loader, held_out_batches, train_loader
 from .training.distributed import Processes
@@ -276,16 +276,9 @@ def _evaluated(run: Run, model: nn.Module, label: str) -> dict[str, float]:
 
 def save_whole(model: nn.Module, folder: Path) -> None:
     """Save a model as a whole folder or not at all, and make sure that it comes back as it went."""
-    temporary, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("tmp", "old"))
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    zc.save(model, temporary)
     images = torch.randn(2, *timm.data.resolve_model_data_config(model)["input_size"], generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        if not torch.equal(model.eval()(images), zc.load(temporary).eval()(images)):
-            raise CompressError(f"{folder}: expected a saved model with the outputs of the one in memory, found other outputs")
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with whole_folder(folder) as temporary:
+        zc.save(model, temporary)
+        with torch.no_grad():
+            if not torch.equal(model.eval()(images), zc.load(temporary).eval()(images)):
+                raise CompressError(f"{folder}: expected a saved model with the outputs of the one in memory, found other outputs")

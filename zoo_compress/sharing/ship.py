@@ -13,7 +13,7 @@ from ..plugin.remote import CONFIG
 from ..plugin.weights import WEIGHTS, digest
 from ..record import RECORD_NAME, Record, Row, write_record
 from ..surgery.origin import variant_of
-from ..training.checkpoint import write_atomic
+from ..training.checkpoint import whole_folder, write_atomic
 from ..zoo import index
 from . import card
 from .front_matter import dataset
@@ -61,15 +61,13 @@ def ship(
     entry = _entry(record, folder, name, recipe)
     listing = index.read(file)
     if entry.checkpoint:
-        target = file.parent / "checkpoints" / entry.checkpoint
-        shutil.rmtree(target, ignore_errors=True)
-        target.mkdir(parents=True)
-        for source in (folder / WEIGHTS, folder / CONFIG, directory / RECORD_NAME):
-            write_atomic(target / source.name, source.read_bytes())
-        for other in others:
-            beside = target / f"{card.SEED}{other.seed}"
-            beside.mkdir()
-            write_record(beside, other)
+        with whole_folder(file.parent / "checkpoints" / entry.checkpoint) as target:
+            for source in (folder / WEIGHTS, folder / CONFIG, directory / RECORD_NAME):
+                write_atomic(target / source.name, source.read_bytes())
+            for other in others:
+                beside = target / f"{card.SEED}{other.seed}"
+                beside.mkdir()
+                write_record(beside, other)
     cards.mkdir(parents=True, exist_ok=True)
     subject = card.Subject(model, folder, name if entry.checkpoint else card.HERE, record, others)
     picture = card.draw(subject, cards, f"{name}.png")

@@ -119,8 +119,8 @@ class _Normalised:
         images, labels = zip(*items, strict=True)
         pixels = [np.asarray(image) for image in images]
         if pixels[0].dtype == np.uint8:
-            bytes_ = torch.from_numpy(np.stack(pixels))
-            batch = (bytes_.unsqueeze(1) if bytes_.ndim == 3 else bytes_.permute(0, 3, 1, 2).contiguous()).float().div_(255)
+            raw = torch.from_numpy(np.stack(pixels))
+            batch = (raw.unsqueeze(1) if raw.ndim == 3 else raw.permute(0, 3, 1, 2).contiguous()).float().div_(255)
         else:
             batch = default_collate([MaybeToTensor()(image) for image in images])
         return [self.normalize(batch), default_collate(list(labels))]
