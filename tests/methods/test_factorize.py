@@ -160,3 +160,17 @@ def test_stages_of_recipes(model, images):
     ):
         with pytest.raises(CompressError, match=rf"^{config.__name__}: expected"):
             config(**settings)
+
+
+@pytest.mark.parametrize("scheme", ["auto", "spatial", "channel"])
+def test_layers_without_weights_left(scheme, images):
+    """Blocks that begin switched off, or layers that sparsifying emptied."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=10).eval()
+    with torch.no_grad():
+        for path in ("layer2.0.conv2", "layer3.0.conv1"):
+            model.get_submodule(path).weight.zero_()
+    for data in (None, [images]):
+        low = zc.factorize(model, macs=0.8, scheme=scheme, data=data)
+        assert low.eval()(images).isfinite().all()
+    assert zc.separate(model, data=[images]).eval()(images).isfinite().all()

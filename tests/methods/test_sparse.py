@@ -36,6 +36,21 @@ class Tiny(nn.Module):
         return self.fc(self.conv(x).tanh().mean((2, 3)))
 
 
+class Keeping(Tiny):
+    """The same, but in eval mode the convolution's weight is worked out once."""
+
+    kept = None
+
+    def forward(self, x):
+        if self.kept is None or self.training:
+            self.kept = 1 * self.conv.weight
+        return self.fc(F.conv2d(x, self.kept, self.conv.bias).tanh().mean((2, 3)))
+
+    def train(self, mode=True):
+        self.kept = None
+        return super().train(mode)
+
+
 @pytest.fixture
 def tiny():
     torch.manual_seed(5)
@@ -94,6 +109,16 @@ class TestCriteria:
                 F.cross_entropy(tiny(image[None]), label[None]).backward()
                 total, samples = total + tiny.fc.weight.grad**2, samples + 1
         assert torch.allclose(found["fc.weight"], tiny.fc.weight.detach() ** 2 * total / samples)
+
+    @pytest.mark.parametrize("criterion", ["snip", "grasp", "obd", "gradient"])
+    def test_of_a_model_that_keeps_what_it_computed(self, criterion, tiny, few):
+        """As levit does with its attention biases: what it keeps has the graph of a pass that is over."""
+        keeping = Keeping().double()
+        keeping.load_state_dict(tiny.state_dict())
+        assert torch.equal(keeping(few[0][0]), tiny(few[0][0]))
+        found = saliency(keeping, layer_weights(keeping), criterion, few)
+        for name, score in saliency(tiny, layer_weights(tiny), criterion, few).items():
+            assert torch.allclose(found[name], score)
 
     @pytest.mark.parametrize("criterion", SALIENCIES)
     def test_the_model_stays_as_it_is(self, criterion, model, data):

@@ -258,3 +258,67 @@ def test_a_bit_flipped_in_the_file(folder):
     path.write_bytes(data)
     with pytest.raises(VariantError, match="sha256"):
         zc.load(folder)
+
+
+@pytest.fixture(scope="module")
+def coat():
+    torch.manual_seed(0)
+    return timm.create_model("coat_tiny", num_classes=10, img_size=64).eval()
+
+
+@pytest.fixture(scope="module")
+def sparse_coat(coat):
+    return zc.sparsify(coat, density=0.1)
+
+
+class TestTied:
+    """coat uses the same layers under several names."""
+
+    def test_are_stored_once(self, sparse_coat, tmp_path):
+        zc.save(sparse_coat, tmp_path)
+        names, params = set(sparse_coat.state_dict()), dict(sparse_coat.named_parameters())
+        tied = json.loads((tmp_path / "config.json").read_text())["tied_weights"]
+        assert tied.keys() == {name for name, _ in sparse_coat.named_parameters(remove_duplicate=False)} - params.keys()
+        assert set(tied.values()) <= names - tied.keys()
+        size = (tmp_path / "model.safetensors").stat().st_size
+        assert size < 0.25 * 4 * sum(param.numel() for param in params.values())
+        again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+        assert same(again, sparse_coat)
+        assert len(list(again.parameters())) == len(params), "they are tied again"
+
+    def test_of_a_pruned_model_as_features_and_with_other_classes(self, coat, tmp_path):
+        small = zc.prune(coat, macs=0.7).eval()
+        zc.save(small, tmp_path)
+        assert (tmp_path / "model.safetensors").stat().st_size < 4.2 * sum(param.numel() for param in small.parameters())
+        image = torch.randn(1, 3, 64, 64)
+        assert torch.equal(zc.load(tmp_path).eval()(image), small(image))
+        wide = zc.load(tmp_path, num_classes=3).eval()
+        assert torch.equal(wide.forward_features(image)[-1], small.forward_features(image)[-1])
+
+    def test_by_hand(self, tmp_path):
+        """Tied after timm made the model: the base has two tensors, which get equal values."""
+        model = zc.sparsify(timm.create_model("test_resnet", num_classes=10, in_chans=32), density=0.5)
+        model.layer1[0].bn2.weight = model.layer1[0].bn1.weight
+        zc.save(model, tmp_path)
+        assert same(zc.load(tmp_path), model)
+
+    @pytest.mark.parametrize("said", ["x", {"a": 1}, ["a"], 3])
+    def test_what_is_no_such_list(self, sparse_coat, said, tmp_path):
+        zc.save(sparse_coat, tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**config, "tied_weights": said}))
+        with pytest.raises(VariantError, match="tied_weights: expected names"):
+            zc.load(tmp_path)
+
+    def test_a_name_of_nothing(self, sparse_coat, tmp_path):
+        zc.save(sparse_coat, tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        name = next(iter(config["tied_weights"]))
+        config["tied_weights"][name] = "nothing"
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(VariantError, match=f"{name}'.*found none"):
+            zc.load(tmp_path)
+
+    def test_of_an_ordinary_model_every_name_has_its_own(self, coat, tmp_path):
+        zc.save(coat, tmp_path)
+        assert load_file(tmp_path / "model.safetensors").keys() == coat.state_dict().keys()

@@ -13,7 +13,7 @@ from zoo_compress.surgery import reconstruct as reconstruct_module
 from zoo_compress.surgery.calibrate import estimate, follow_
 from zoo_compress.surgery.divergence import divergence, outputs
 from zoo_compress.surgery.moments import gather
-from zoo_compress.surgery.reconstruct import reconstruct_
+from zoo_compress.surgery.reconstruct import reconstruct_, ridge
 
 
 class Net(nn.Module):
@@ -91,6 +91,20 @@ def test_moments_of_tokens(monkeypatch):
     # Fewer positions than there are: as many of each image.
     monkeypatch.setattr(moments_module, "ROWS", 80)
     assert gather(model, layout, images)["blocks.0.mlp.fc2.weight"].rows == [40, 40]
+
+
+def test_inputs_that_hardly_differ_from_their_mean_have_a_covariance():
+    """Sums in single precision leave other things than covariances of such inputs: what is added before inverting makes up for it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Linear(8, 5))
+    with torch.no_grad():
+        model[1].weight *= 1e-6
+    model.pretrained_cfg = {"input_size": (3, 2, 2)}
+    images = [torch.randn(64, 3, 2, 2) for _ in range(3)]
+    seen = gather(model, zc.analyze(model), images)["2.weight"]
+    covariance, mean, rows = seen.covariance()
+    assert torch.linalg.eigvalsh(covariance).min() < 0, "or this shows nothing"
+    assert torch.linalg.eigvalsh(covariance + ridge(covariance, rows, mean)).min() > 0
 
 
 def test_sensitivity_is_the_curvature_of_the_divergence():

@@ -184,3 +184,28 @@ def test_what_a_model_and_its_part_say_of_features_follows(renamed):
     assert all(now < then for now, then in zip(real, before, strict=True))
     for said in (small.feature_info, small.encoder.feature_info):
         assert [entry["num_chs"] for entry in said] == real
+
+
+def test_what_a_model_kept_of_a_call_that_is_over_is_no_part_of_it():
+    """levit keeps attention biases between calls in eval mode, here with the graph of the call, which torch does not copy."""
+    torch.manual_seed(0)
+    model = timm.create_model("levit_128s", num_classes=10).eval()
+    images = torch.randn(1, 3, 224, 224)
+    expected = model(images)
+    assert expected.requires_grad
+    layout = zc.analyze(model)
+    widths = {name: axis.size // 2 for name, axis in layout.axes.items() if axis.frozen is None}
+    small = zc.resize(model, layout, widths).eval()
+    untouched = zc.resize(timm_copy(model), layout, widths).eval()
+    assert torch.equal(small(images), untouched(images))
+    for changed in (zc.sparsify(model, density=0.5), zc.cluster(model, bits=2), zc.quantize(model, "binary")):
+        assert changed(images).isfinite().all()
+    assert torch.equal(model(images), expected)
+    assert not model.training
+
+
+def timm_copy(model):
+    """A model with the same weights that was never called."""
+    other = timm.create_model("levit_128s", num_classes=10)
+    other.load_state_dict(model.state_dict())
+    return other

@@ -6,7 +6,6 @@ Li & Liu 2016, Ternary Weight Networks.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal
 
@@ -18,6 +17,7 @@ from torch.nn.utils import parametrize
 
 from ..errors import CompressError
 from ..structure.packed import Packing
+from ..surgery.modules import copied
 from ..surgery.origin import refuse_packed, stamp_packed
 from ..surgery.weights import ends, layer_weights, plain_weights_, through
 from ..training.task import MethodConfig, MethodTask
@@ -59,7 +59,7 @@ def quantize(model: nn.Module, kind: str = "binary", *, exclude: Iterable[str] |
     Raises:
         CompressError: If there is no such kind, a pattern matches nothing, or the model is sparse or clustered.
     """
-    return _settle(_wrap(copy.deepcopy(model), kind, exclude), kind)
+    return _settle(_wrap(copied(model), kind, exclude), kind)
 
 
 class _Values(nn.Module):

@@ -5,7 +5,6 @@ Han et al. 2016, Deep Compression, section 3.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
@@ -18,6 +17,7 @@ from ..errors import CompressError
 from ..structure.packed import MAX_BITS, Packing
 from ..surgery.kmeans import kmeans, nearest
 from ..surgery.masks import mask_
+from ..surgery.modules import copied
 from ..surgery.origin import packed_of, stamp_packed
 from ..surgery.packing import as_integers
 from ..surgery.weights import layer_weights
@@ -46,7 +46,7 @@ def cluster(model: nn.Module, bits: int | Mapping[str, int] = 4, *, exclude: Ite
     """
     weights = layer_weights(model, exclude)
     chosen = _bits(weights, bits)
-    subject, before = copy.deepcopy(model), packed_of(model)
+    subject, before = copied(model), packed_of(model)
     masked = {name for name in chosen if name in before and before[name].mask}
     # Of layers that are removed whole there is nothing to share.
     chosen = {name: wanted for name, wanted in chosen.items() if name not in masked or as_integers(weights[name]).any()}

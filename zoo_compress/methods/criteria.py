@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ..errors import CompressError
 from ..structure import terms
 from ..structure.layout import Layout, parse
+from ..surgery.modules import clear_caches, copied
 from ..surgery.modules import statistics as running
 
 Data = Iterable[tuple[torch.Tensor, torch.Tensor]]
@@ -154,10 +155,12 @@ def gather(
     """
     if data is None:
         raise CompressError(f"criterion {criterion!r} looks at data: pass data=, an iterable of (images, class indices) batches")
-    subject = copy.deepcopy(model).eval().requires_grad_(True)
+    subject = copied(model).eval().requires_grad_(True)
     if batch_statistics:
         for path in running(subject):
             subject.get_submodule(path).train()
+    # Some keep what they computed of their weights for the next image, and with it the graph of a backward pass that is over.
+    subject.register_forward_pre_hook(lambda *_: clear_caches(subject))
     try:
         found = statistic(subject, data)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:

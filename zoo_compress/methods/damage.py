@@ -8,7 +8,6 @@ one half of the images, and the divergence of the predictions is taken on the ot
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,7 +23,7 @@ from ..structure.layout import Layout, parse
 from ..structure.widths import Group
 from ..surgery.divergence import divergence, gives_logits, outputs
 from ..surgery.images import fitting, parted
-from ..surgery.modules import get_tensor
+from ..surgery.modules import copied, get_tensor
 from ..surgery.moments import CHUNK, Moments
 from ..surgery.reconstruct import columns_of, reconstruct_, ridge
 from ..surgery.resize import resize
@@ -65,7 +64,7 @@ def damage_scores(
     Returns:
         Axis → float array (size,), comparable between axes, falling along the order of removal.
     """
-    model = copy.deepcopy(model).eval()
+    model = copied(model).eval()
     # What time costs is known only once widths are searched; MACs stand in for it.
     unit_costs = counted(layout, [name for group in groups for name in group.axes], "macs" if kind == "latency" else kind)
 
@@ -204,8 +203,8 @@ def _readers(model: nn.Module, layout: Layout, name: str, axis: str, seen: Momen
     weight = get_tensor(model, name).detach().cpu()
     taps = weight[0, 0].numel()
     blocks = torch.stack([columns_of(torch.from_numpy(row), taps) for row in places])
-    covariance, _, rows = seen.covariance()
-    inverses = torch.linalg.inv(covariance + ridge(covariance, rows))
+    covariance, mean, rows = seen.covariance()
+    inverses = torch.linalg.inv(covariance + ridge(covariance, rows, mean))
     full = weight.double().reshape(len(covariance), -1, covariance.shape[-1])
     importance = seen.sensitivity.reshape(len(covariance), -1)
     return [_Reader(full[g].clone(), inverses[g], importance[g], blocks) for g in range(len(covariance))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from ..structure.exits import MAX_GRID, Exits
 from ..structure.variant import Variant, record
 from ..surgery.elastic import Elastic
 from ..surgery.exits import ExitsModel, attach_
+from ..surgery.modules import copied
 from ..surgery.origin import Origin, origin, stamp
 from ..surgery.places import check_wanted, choose
 from ..surgery.proof import Trial
@@ -40,7 +40,7 @@ class Exiting(ExitsModel, Adjustable):
         """The whole, the network that ends at each exit, and where thresholds are stored, the one whose samples leave by them."""
         if self.record.truncated:
             return {"": self}
-        whole = copy.deepcopy(self)
+        whole = copied(self)
         whole.set_exit(len(self.exits))
         found: dict[str, nn.Module] = {"": whole, **{f"exit {i}": self.export(i) for i in range(len(self.exits))}}
         return found if self.record.thresholds is None else {**found, "thresholds": PerSample(whole)}
@@ -106,7 +106,7 @@ def add_exits(model: nn.Module, exits: int | float | str | Sequence[str] | Seque
         raise CompressError("exits: the model has exits already")
     places, boundaries = choose(model, default_input(model), wanted, grid)
     chosen = Exits(places=tuple(places))
-    net = attach_exits_(copy.deepcopy(model), chosen, boundaries)
+    net = attach_exits_(copied(model), chosen, boundaries)
     stamp(net, _record(net, chosen, source))
     classifiers = [f"exits.{i}.fc" for i in range(len(chosen.places))]
     cfg: Any = net.pretrained_cfg

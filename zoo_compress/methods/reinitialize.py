@@ -5,7 +5,6 @@ What a pruned model is to be compared with (Liu et al. 2019, Rethinking the Valu
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import CompressError
 from ..structure.packed import Packing
 from ..surgery.masks import apply_, masks_of
-from ..surgery.modules import clear_caches, statistics
+from ..surgery.modules import copied, statistics
 from ..surgery.origin import forget_packed, origin, packed_of
 from ..training.task import ChangeConfig
 
@@ -55,7 +54,7 @@ def reinitialize(model: nn.Module, seed: int = 0) -> nn.Module:
     if source is None:
         raise CompressError(f"reinitialize: expected a model made by timm, which says what it is made of; {type(model).__name__} does not")
     live: dict[str, Any] = {name: value for name in ("num_classes", "in_chans") if isinstance(value := getattr(model, name, None), int)}
-    fresh = copy.deepcopy(model)
+    fresh = copied(model)
     kept = {name for names in statistics(fresh).values() for name in names}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
@@ -70,7 +69,6 @@ def reinitialize(model: nn.Module, seed: int = 0) -> nn.Module:
     masked = [name for name, packing in packed_of(model).items() if packing.mask]
     apply_(fresh, masks_of(model, masked))
     forget_packed(fresh, dict.fromkeys(masked, Packing(mask=True)))
-    clear_caches(fresh)
     return fresh
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from ..errors import CompressError
+from ..surgery.modules import copied
 from ..surgery.trace import default_input
 from .criteria import Data, Statistic, gather, gradient, squared_gradient
 
@@ -119,7 +119,7 @@ def lookup(criterion: str) -> Saliency:
 
 def _flow(model: nn.Module) -> dict[str, Tensor]:
     """Gradient of the sum of outputs for an image of ones through the network with all its weights' magnitudes (section 5, algorithm 1)."""
-    subject = copy.deepcopy(model).cpu().double().eval().requires_grad_(True)
+    subject = copied(model).cpu().double().eval().requires_grad_(True)
     with torch.no_grad():
         for tensor in (*subject.parameters(), *subject.buffers()):
             if tensor.is_floating_point():

@@ -5,7 +5,6 @@ Han et al. 2015, Learning both Weights and Connections for Efficient Neural Netw
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from ..errors import CompressError
 from ..structure.packed import Packing
 from ..surgery.masks import Masks, apply_, masks_in_force
 from ..surgery.masks import density as density_of
+from ..surgery.modules import copied
 from ..surgery.origin import stamp_packed
 from ..surgery.patterns import check_pattern, keep_n_of_m, keep_units
 from ..surgery.weights import classifiers, layer_weights
@@ -99,7 +99,7 @@ def sparsify(
         CompressError: If an argument is out of range, no weight matches, or the model has fewer weights left than are to be kept.
     """
     wanted = Sparsity(density, pattern, scope, criterion, rounds, tuple(exclude))
-    subject = copy.deepcopy(model)
+    subject = copied(model)
     masks = choose_masks(subject, wanted, data, seed)
     if empty := [name for name, mask in masks.items() if not mask.any()]:
         _logger.warning("sparsify: no weight is left of %s; scope='local' keeps some of every layer", ", ".join(empty))
@@ -130,7 +130,7 @@ def choose_masks(model: nn.Module, wanted: Sparsity, data: Data | None = None, s
         scores = saliency(subject, weights, wanted.criterion, batches, seed)
         masks = _chosen(scores, wanted, masks, left, number / rounds)
         if number < rounds:
-            subject = copy.deepcopy(model)
+            subject = copied(model)
             apply_(subject, masks)
             weights = {name: subject.get_parameter(name) for name in masks}
     return masks

@@ -23,7 +23,7 @@ from ..structure.variant import OPTIONS
 from ..surgery.elastic import Elastic
 from ..surgery.origin import packed_of, variant_of
 from ..surgery.packing import assignments, pack_state
-from .weights import CONFIG, DIGEST, WEIGHTS, digest
+from .weights import CONFIG, DIGEST, TIED, WEIGHTS, digest
 
 _logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def save(model: nn.Module, directory: str | Path) -> None:
     refused rather than loaded as something it is not, until it is saved again. Other files in the directory are left alone.
 
     Args:
-        model: The model. Tied and channels_last tensors are written as ordinary ones.
+        model: The model. Tied and channels_last tensors are written as ordinary ones; of a compressed model tied ones once.
         directory: Made if it does not exist.
 
     Raises:
@@ -52,8 +52,9 @@ def save(model: nn.Module, directory: str | Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as scratch:
             weights, config = Path(scratch, WEIGHTS), Path(scratch, CONFIG)
-            save_file(_packed(model), weights, metadata={"format": "pt"})
-            config.write_text(_config(model, digest(weights), config), encoding="utf-8")
+            tensors, tied = _tensors(model)
+            save_file(_packed(model, tensors), weights, metadata={"format": "pt"})
+            config.write_text(_config(model, digest(weights), tied, config), encoding="utf-8")
             shutil.copymode(config, weights)  # safetensors writes for the owner alone
             if variant_of(model) is not None:
                 _check_loads(Path(scratch))
@@ -134,24 +135,32 @@ def _check_loads(directory: Path) -> None:
         ) from error
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state as safetensors wants it: dense, on the CPU, no two in one storage. Tied tensors are written once a name."""
+def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state as safetensors wants it: dense, on the CPU, no two in one storage. And which names stand for which others' tensors.
+
+    timm alone expects a tensor for every name, and reads ordinary models; so it is compressed ones whose tied tensors are written once.
+    """
+    once = variant_of(model) is not None
+    first: dict[tuple[Any, ...], str] = {}
     storages: set[int] = set()
-    tensors = {}
+    tensors, tied = {}, {}
     for name, value in model.state_dict().items():
+        same = first.setdefault((value.data_ptr(), value.shape, value.stride(), value.dtype), name)
+        if once and same != name and value.numel():
+            tied[name] = same
+            continue
         tensor = value.detach().cpu().contiguous()
         storage = tensor.untyped_storage()
         if storage.data_ptr() in storages or storage.nbytes() != tensor.nbytes:
             tensor = tensor.clone()
         storages.add(tensor.untyped_storage().data_ptr())
         tensors[name] = tensor
-    return tensors
+    return tensors, tied
 
 
-def _packed(model: nn.Module) -> dict[str, Tensor]:
-    """The state as it is stored, with what the model says it keeps of zeros and shared values packed."""
+def _packed(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a model as they are stored, with what it says it keeps of zeros and shared values packed."""
     packed = packed_of(model)
-    tensors = _tensors(model)
     for name, packing in packed.items():
         if name in tensors and packing.bits is not None and assignments(tensors[name], packing) is None:
             _logger.warning(
@@ -160,14 +169,16 @@ def _packed(model: nn.Module) -> dict[str, Tensor]:
     return pack_state(tensors, packed)
 
 
-def _config(model: nn.Module, weights_digest: str, scratch: Path) -> str:
-    """What timm writes for the model, without the options that made it, which the record replaces, and with the weights' hash."""
+def _config(model: nn.Module, weights_digest: str, tied: Mapping[str, str], scratch: Path) -> str:
+    """What timm writes for the model, without the options that made it, which the record replaces, and with what is said of the weights."""
     save_config_for_hf(model, str(scratch))
     config = json.loads(scratch.read_text())
     args = config.get("model_args", {})
     if "variant" in args:
         config["model_args"] = {key: value for key, value in args.items() if key == "variant" or key not in OPTIONS}
     config[DIGEST] = weights_digest
+    if tied:
+        config[TIED] = tied
     return json.dumps(config, indent=2)
 
 

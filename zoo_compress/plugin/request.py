@@ -135,9 +135,10 @@ class Request:
         load: Callable[[Built], None] = _keep
         limit: AbstractContextManager = nullcontext()
         if self.pretrained:
-            state, where = weights.read(self.cfg, self.cache_dir)
-            limit = allowance(state, where)
-            state = unpack_state(state, variant.packed, where, allowed(state))
+            stored = weights.read(self.cfg, self.cache_dir)
+            where = stored.where
+            limit = allowance(stored.tensors, where)
+            state = stored.whole(unpack_state(stored.tensors, variant.packed, where, allowed(stored.tensors)))
             if variant.bank is not None:
                 private = {name: state.pop(name) for name in list(state) if name.startswith(PRIVATE)}
             self._check_classes(state, where)

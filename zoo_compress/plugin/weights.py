@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +25,46 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 DIGEST = "weights_sha256"
 """Key in config.json: the hash of the weights it was written with."""
 
+TIED = "tied_weights"
+"""Key in config.json: names of tensors that the file of weights does not hold → the names of those they are."""
 
-def read(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> tuple[dict[str, Tensor], str]:
+
+@dataclass(frozen=True)
+class Stored:
+    """What a file of weights holds.
+
+    Attributes:
+        tensors: By name.
+        tied: Names that stand for the tensors of others.
+        where: Where they come from, for messages.
+    """
+
+    tensors: dict[str, Tensor]
+    tied: dict[str, str]
+    where: str
+
+    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The file's tensors, perhaps unpacked, with those of tied names."""
+        tied = {name: tensors[other] for name, other in self.tied.items() if other in tensors and name not in tensors}
+        return {**tensors, **tied}
+
+
+def read(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Stored:
     """Read the weights that a timm cfg points to.
 
     Args:
         cfg: Its `state_dict`, `file` (a safetensors file or a directory with one) or `hf_hub_id` is used, in timm's order.
         cache_dir: Of the Hub's client.
 
-    Returns:
-        Tensors by name, and where they come from, for messages.
-
     Raises:
         VariantError: If there are no safetensors there, the file is damaged, or it is not the one its config.json was written with.
         HubError: If the Hub did not give them.
     """
     if cfg.state_dict:
-        return dict(cfg.state_dict), "state_dict"
+        return Stored(dict(cfg.state_dict), {}, "state_dict")
     config, weights = _locate(cfg, cache_dir)
     try:
-        return _verified(config, weights), str(weights)
+        return _verified(config, weights)
     except CompressError as error:
         if not _from_hub(cfg):
             raise
@@ -52,10 +73,11 @@ def read(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> tuple[dict[
         raise VariantError(f"{cfg.hf_hub_id}: {error}. It was removed from the cache: try again, it will be downloaded anew") from error
 
 
-def _verified(config: Path | None, weights: Path) -> dict[str, Tensor]:
+def _verified(config: Path | None, weights: Path) -> Stored:
     # In this order: saving replaces the weights first, so weights that match a config read before them cannot be another save's.
-    expected = _digest_in(config) if config is not None else None
-    state = _open(weights)
+    said = _said_in(config) if config is not None else {}
+    expected = said.get(DIGEST)
+    tensors = _open(weights)
     blob = weights.resolve().name if weights.is_symlink() else ""
     if _SHA256.fullmatch(blob) and digest(weights) != blob:
         raise VariantError(f"{weights}: not the file that the Hub announced (expected sha256 {blob[:12]}…): damaged on its way")
@@ -64,7 +86,7 @@ def _verified(config: Path | None, weights: Path) -> dict[str, Tensor]:
             f"{weights}: not the file that {CONFIG} was written with (expected sha256 {expected[:12]}…, found {found[:12]}…): "
             f"damaged, or a save was interrupted; save again, or remove {DIGEST!r} from {CONFIG} to take them as they are"
         )
-    return state
+    return Stored(tensors, said.get(TIED, {}), str(weights))
 
 
 def _forget(weights: Path) -> None:
@@ -157,14 +179,18 @@ def _open(path: Path) -> dict[str, Tensor]:
         raise VariantError(f"{path}: expected a whole safetensors file, found {path.stat().st_size} bytes: {error}") from error
 
 
-def _digest_in(config: Path) -> str | None:
+def _said_in(config: Path) -> dict[str, Any]:
+    """What config.json says of the weights beside it."""
     if not config.is_file():
-        return None
+        return {}
     content = json.loads(config.read_text(encoding="utf-8"))
-    found: Any = content.get(DIGEST) if isinstance(content, dict) else None
-    if found is not None and not isinstance(found, str):
-        raise VariantError(f"{config}: {DIGEST}: expected a string, found {type(found).__name__}")
-    return found
+    said = {key: content[key] for key in (DIGEST, TIED) if content.get(key) is not None} if isinstance(content, dict) else {}
+    if not isinstance(said.get(DIGEST, ""), str):
+        raise VariantError(f"{config}: {DIGEST}: expected a string, found {type(said[DIGEST]).__name__}")
+    tied = said.get(TIED, {})
+    if not isinstance(tied, dict) or not all(isinstance(other, str) for other in tied.values()):
+        raise VariantError(f"{config}: {TIED}: expected names of tensors for names of tensors, found {str(tied)[:80]}")
+    return said
 
 
 def _describe(tensor: Tensor) -> str:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import AnalysisError, CompressError, VariantError
 from ..structure.variant import Variant, record
 from .images import fitting
-from .modules import every_output, holders
+from .modules import copied, every_output, holders
 from .origin import origin, stamp
 from .proof import copy_of
 from .trace import analyze, default_input
@@ -98,7 +98,7 @@ def remove_blocks(model: nn.Module, paths: Sequence[str]) -> nn.Module:
         if path not in blocks:
             reason = refused.get(path, f"no residual block; there are {', '.join(blocks) or 'none'}")
             raise CompressError(f"remove_blocks: {path!r}: {reason}")
-    new = skip_(copy.deepcopy(model), tuple(paths))
+    new = skip_(copied(model), tuple(paths))
     try:
         layout = analyze(new)
     except AnalysisError as error:

@@ -50,7 +50,7 @@ class Seen:
         covariance, mean, rows = moments.covariance()
         sensitivity = moments.sensitivity.double()
         weights = sensitivity.clamp_min(float(sensitivity.mean()) * LEAST_SENSITIVITY) if bool(sensitivity.any()) else sensitivity + 1
-        return cls((covariance + ridge(covariance, rows))[0], mean[0], weights)
+        return cls((covariance + ridge(covariance, rows, mean))[0], mean[0], weights)
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class _Horizontal:
         # What the second layer reads: each vertical filter at each of the kernel's columns, as rows over the dense layer's columns.
         reads = torch.einsum("rc,wv->rwcv", self.vertical, torch.eye(width, dtype=weight.dtype)).reshape(-1, inputs * height * width)
         gram = reads @ seen.covariance @ reads.mT
-        gram.diagonal().add_(1e-12 * float(gram.diagonal().mean()))
+        _lift_(gram, 1e-12)
         self.factor = torch.linalg.cholesky(gram)
         target = weight.flatten(1) @ seen.covariance @ reads.mT
         self.found = torch.linalg.solve_triangular(self.factor, target.mT, upper=False).mT  # (outputs, rank × width)
@@ -193,6 +193,11 @@ class _Horizontal:
         columns = rank * width
         second = torch.linalg.solve_triangular(self.factor[:columns, :columns].mT, self.found[:, :columns].mT, upper=True).mT
         return self.vertical[:rank].reshape(rank, inputs, height, 1), second.reshape(outputs, rank, 1, width)
+
+
+def _lift_(gram: torch.Tensor, part: float) -> None:
+    """Make a Gram matrix invertible, in place: add a part of its diagonal's mean, or next to nothing where all of it is zero."""
+    gram.diagonal().add_(max(part * float(gram.diagonal().mean()), 1e-30))
 
 
 def _by_input(weight: torch.Tensor) -> torch.Tensor:
@@ -229,12 +234,12 @@ def _in_turns(kernels: torch.Tensor, weight: torch.Tensor, rank: int, seen: Seen
             weighing = torch.einsum("o,ocm,odn->cmdn", seen.weights, flat, flat)
             normal = torch.einsum("cmdn,ctds->cmtdns", weighing, blocks).reshape(inputs * rank * taps, -1)
             wanted = torch.einsum("o,ocm,oct->cmt", seen.weights, flat, target.reshape(outputs, inputs, taps)).flatten()
-            normal.diagonal().add_(1e-9 * float(normal.diagonal().mean()))
+            _lift_(normal, 1e-9)
             deep = torch.linalg.solve(normal, wanted).reshape(inputs, rank, taps)
         deep = deep / deep.norm(dim=2, keepdim=True).clamp_min(1e-30)
         # The pointwise ones', on what the depthwise filters give.
         gram = torch.einsum("cmt,ctds,dns->cmdn", deep, blocks, deep).reshape(inputs * rank, -1)
-        gram.diagonal().add_(1e-9 * float(gram.diagonal().mean()))
+        _lift_(gram, 1e-9)
         given = torch.einsum("oct,cmt->ocm", target.reshape(outputs, inputs, taps), deep).flatten(1)
         point = torch.linalg.solve(gram, given, left=False).reshape(outputs, inputs, rank).movedim(1, 0)
     return deep, point

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -19,6 +18,7 @@ from ..structure.variant import Variant
 from .images import fitting
 from .kernels import Kernels
 from .leaving import MEASURES, Decision, Every, Head, Leaving, Patience, Spent, Threshold, Until, thresholds_of
+from .modules import copied
 from .proof import Trial, copy_of
 from .restore import present
 from .rows import Boundary, Visitor, run, set_taps, visiting
@@ -268,7 +268,7 @@ class ExitsModel(nn.Module):
             raise CompressError("export: this network was exported already and ends at its only exit")
         if not isinstance(exit, int) or isinstance(exit, bool) or not 0 <= exit < count:
             raise CompressError(f"exit: expected 0 to {count - 1}, an early exit, found {exit!r}")
-        short: Any = copy.deepcopy(self)
+        short: Any = copied(self)
         short.zero_grad(set_to_none=True)
         short._chosen = None
         short.exits = nn.ModuleList([short.exits[exit]])

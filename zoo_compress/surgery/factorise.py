@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -25,7 +24,7 @@ from .decompose import Seen, energy, fit, losses
 from .factors import pair, put, refused
 from .images import image_batches
 from .layers import DenseLayer, dense_layers
-from .modules import clear_caches, copied_dictionaries, get_tensor
+from .modules import copied, get_tensor
 from .moments import Moments, gather
 from .origin import origin, packed_of, stamp, variant_of
 from .trace import analyze
@@ -182,10 +181,8 @@ def apply_factors(model: nn.Module, plan: FactorPlan) -> nn.Module:
     Raises:
         CompressError: If the model does not cost what the plan says.
     """
-    memo = copied_dictionaries(model)
-    for path in plan.factors:
-        memo[id(model.get_submodule(path).weight)] = None  # replaced below: not worth a copy
-    new = copy.deepcopy(model, memo)
+    # What is replaced below is not worth a copy.
+    new = copied(model, {id(model.get_submodule(path).weight): None for path in plan.factors})
     shifts = {}
     for path, factor in tqdm(plan.factors.items(), desc="factors", unit="layer", leave=False):
         layer: Any = model.get_submodule(path)
@@ -203,7 +200,6 @@ def apply_factors(model: nn.Module, plan: FactorPlan) -> nn.Module:
     with torch.no_grad():
         for name, shift in shifts.items():
             get_tensor(new, name).add_(shift)
-    clear_caches(new)
     layout = analyze(new)
     if plan.images:
         follow_(new, model, layout, {}, plan.images)

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import CompressError, VariantError
 from ..structure.factors import Factor, LayerShape
-from .modules import clear_caches
+from .modules import clear_caches, copied
 from .trace import analyze, default_input
 from .tracer import MODEL_ERRORS
 from .verify import ROUNDING, TOLERANCE, randomised, relative, run_flat
@@ -204,7 +204,7 @@ def _failure(model: nn.Module, factors: Mapping[str, Factor], example: torch.Ten
     """What goes wrong when some layers are two; None if nothing does."""
     try:
         # Without data first: most of what goes wrong is an attribute that is not there, and shows in a moment.
-        analyze(replace_(copy.deepcopy(model), factors), example)
+        analyze(replace_(copied(model), factors), example)
     except MODEL_ERRORS as error:
         cause = error.__cause__ or error
         return f"the model asks for more of it than to be called ({' '.join(str(cause).split())[:120]})"

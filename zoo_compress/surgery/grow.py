@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -14,7 +13,7 @@ from ..errors import WidthError
 from ..structure import terms
 from ..structure.layout import Layout, parse
 from ..structure.widths import Group, groups
-from .modules import clear_caches, copied_dictionaries, set_attribute, statistics
+from .modules import copied, set_attribute, statistics
 from .resize import check_fits
 from .tracer import named_tensors
 
@@ -67,13 +66,13 @@ def grow(model: nn.Module, layout: Layout, sizes: Mapping[str, int]) -> tuple[nn
     layout.check_links(sizes)
     axes = {name: replace(axis, size=chosen[name]) for name, axis in layout.axes.items()}
     grown = replace(layout, axes=axes)
-    memo = copied_dictionaries(model)
+    instead: dict[int, Tensor] = {}
     for name, tensor in named_tensors(model):
         if layout.moves(name):
             shape = [terms.size(parse(dim), chosen) for dim in layout.params[name]]
             new = _like(tensor.detach(), shape)
-            memo[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
-    bank = copy.deepcopy(model, memo)
+            instead[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+    bank = copied(model, instead)
     for path, term in layout.attributes.items():
         set_attribute(bank, path, terms.size(parse(term), chosen))
     for path, term in layout.scales.items():
@@ -88,7 +87,6 @@ def grow(model: nn.Module, layout: Layout, sizes: Mapping[str, int]) -> tuple[nn
                 tensor[torch.meshgrid(*places, indexing="ij")] = olds[name]
             else:
                 tensor.copy_(olds[name])
-    clear_caches(bank)
     return bank, grown
 
 

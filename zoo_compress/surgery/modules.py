@@ -7,7 +7,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from timm.models import FeatureInfo
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 Step = str | int
+
+M = TypeVar("M", bound=nn.Module)
 
 _PATH = re.compile(r"\w+(\[\d+\])*(\.\w+(\[\d+\])*)*", re.ASCII)
 _STEP = re.compile(r"\[(\d+)\]|(\w+)", re.ASCII)
@@ -149,7 +151,21 @@ def every_output(model: nn.Module) -> AbstractContextManager[Any]:
     return own() if callable(own) else nullcontext()
 
 
-def copied_dictionaries(model: nn.Module) -> dict[int, Any]:
+def copied(model: M, instead: Mapping[int, Any] | None = None) -> M:
+    """A copy of a model, without what modules keep between calls in eval mode.
+
+    The model forgets that too, and works it out again when it is called: it may hang in the graph of a call that is over, and torch
+    copies no such tensors.
+
+    Args:
+        model: The model.
+        instead: By `id`, what takes the place of some of its tensors.
+    """
+    clear_caches(model)
+    return copy.deepcopy(model, {**_copied_dictionaries(model), **(instead or {})})
+
+
+def _copied_dictionaries(model: nn.Module) -> dict[int, Any]:
     """A memo for `copy.deepcopy(model, memo)` with copies of the empty dictionaries of its modules.
 
     A module has a dozen dictionaries for hooks; copying the empty ones one by one takes longer than all the rest.
@@ -160,7 +176,7 @@ def copied_dictionaries(model: nn.Module) -> dict[int, Any]:
 
 def copy_without_data(model: nn.Module) -> nn.Module:
     """A copy whose tensors have shapes and no data."""
-    memo = copied_dictionaries(model)
+    memo = _copied_dictionaries(model)
     for module in model.modules():
         for tensors in (module._parameters, module._buffers, vars(module)):
             for tensor in tree_leaves([value for value in tensors.values() if value is not module._modules and id(value) not in memo]):

@@ -5,7 +5,6 @@ For a layer y = W x + b they hold everything least squares needs, for any choice
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from ..structure import terms
 from ..structure.layout import Layout, parse
 from .divergence import gives_logits, own_loss
 from .images import fitting
-from .modules import every_output
+from .modules import copied, every_output
 from .tracer import MODEL_ERRORS, named_tensors
 
 ROWS = 2**15
@@ -108,7 +107,7 @@ def gather(
         CompressError: If the model does not take the images, or computes infinities or NaNs of them.
     """
     count = sum(map(len, images))
-    model = copy.deepcopy(model).eval()
+    model = copied(model).eval()
     generator = torch.Generator().manual_seed(seed)
     watch = _Watch(model, consumers(model, layout), max(1, math.ceil(ROWS / max(count, 1))), generator)
     chunks = [chunk for batch in images for chunk in batch.split(CHUNK)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import AnalysisError
 from .kernels import Kernels
-from .modules import copy_without_data
+from .modules import copied, copy_without_data
 from .rows import Alive, Boundary, Carrier, Visitor, calls, leaves_of, run, select, set_taps
 from .tracer import MODEL_ERRORS
 from .verify import randomise_
@@ -237,7 +236,7 @@ def _needs_data(error: Exception) -> bool:
 
 def copy_of(model: nn.Module, device: str) -> nn.Module:
     """A copy in eval mode without what modules keep between calls; on the meta device, without data."""
-    clone = copy_without_data(model) if device == "meta" else copy.deepcopy(model).to(device)
+    clone = copy_without_data(model) if device == "meta" else copied(model).to(device)
     # Modules that keep tensors between calls in eval mode forget them when they are put into training mode.
     return clone.train().eval()
 

@@ -82,16 +82,26 @@ def _fit(weight: torch.Tensor, seen: Moments, kept: torch.Tensor, halves: Sequen
     part, old = covariance[:, columns][:, :, columns], full[:, :, columns]
     # Towards the weights there were: the regression is on what they leave to explain.
     missing = full @ covariance[:, :, columns] - old @ part
-    new = old + torch.linalg.solve(part + ridge(part, rows), missing, left=False)
+    new = old + torch.linalg.solve(part + ridge(part, rows, mean[:, columns]), missing, left=False)
     shift = (full @ mean[:, :, None] - new @ mean[:, columns, None]).flatten()
     return new.flatten(0, 1), shift
 
 
-def ridge(covariance: torch.Tensor, rows: int) -> torch.Tensor:
-    """What is added to a covariance (groups, columns, columns) before it is inverted: a multiple of the identity, per group."""
+def ridge(covariance: torch.Tensor, rows: int, mean: torch.Tensor) -> torch.Tensor:
+    """What is added to covariances before they are inverted: a multiple of the identity, per group.
+
+    It is at least what rounding makes of inputs that hardly differ from their mean: sums are in single precision, and the difference of
+    two large ones need not be a covariance at all.
+
+    Args:
+        covariance: (groups, columns, columns), about `mean`.
+        rows: Number of inputs they are of.
+        mean: (groups, columns).
+    """
     columns = covariance.shape[-1]
     scale = covariance.diagonal(dim1=1, dim2=2).mean(1) * (RIDGE * columns / max(rows, 1))
-    return scale.clamp_min(1e-12)[:, None, None] * torch.eye(columns, dtype=covariance.dtype)
+    rounding = mean.square().amax(1) * (columns * torch.finfo(torch.float32).eps)
+    return scale.maximum(rounding).clamp_min(1e-12)[:, None, None] * torch.eye(columns, dtype=covariance.dtype)
 
 
 def columns_of(inputs: torch.Tensor, taps: int) -> torch.Tensor:

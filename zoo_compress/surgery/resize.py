@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import torch
 from torch import nn
@@ -12,7 +10,7 @@ from ..errors import WidthError
 from ..structure import terms
 from ..structure.layout import Layout, Widths, parse
 from ..structure.variant import record
-from .modules import clear_caches, copied_dictionaries, make_persistent, set_attribute
+from .modules import copied, make_persistent, set_attribute
 from .origin import origin, stamp
 from .tracer import named_tensors
 
@@ -47,7 +45,6 @@ def resize(model: nn.Module, layout: Layout, widths: Widths) -> nn.Module:
     for name in layout.params:
         if layout.moves(name):
             make_persistent(resized, name)
-    clear_caches(resized)
     if source is not None:
         stamp(resized, record(layout, sizes, method="pruned", base=source.base, base_args=source.args, previous=source.previous))
     return resized
@@ -68,12 +65,12 @@ def permuted_copy(model: nn.Module, layout: Layout, pick: dict[str, np.ndarray])
 
     Parameters that nothing changes are copied too; no tensor is shared with the model.
     """
-    memo = copied_dictionaries(model)
+    instead: dict[int, torch.Tensor] = {}
     for name, tensor in named_tensors(model):
         chosen = reindex(tensor.detach(), layout.params[name], layout, pick)
         if chosen is not None:
-            memo[id(tensor)] = nn.Parameter(chosen, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else chosen
-    return copy.deepcopy(model, memo)
+            instead[id(tensor)] = nn.Parameter(chosen, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else chosen
+    return copied(model, instead)
 
 
 def reindex(tensor: torch.Tensor, dims: tuple[str, ...], layout: Layout, pick: dict[str, np.ndarray]) -> torch.Tensor | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import inspect
 import warnings
@@ -27,7 +26,7 @@ from .elastic import Elastic
 from .finish import finish
 from .functions import FUNCTIONS
 from .kernels import Kernels
-from .modules import copy_without_data, every_output
+from .modules import copied, copy_without_data, every_output
 from .rules import COSTLY, RULES, elementwise
 from .sizes import equalities
 from .tracer import MODEL_ERRORS, Tracer, named_tensors
@@ -124,7 +123,7 @@ def run_traced(
 ) -> tuple[Tracer, dict[str, list[Term]], metadata.Attributes]:
     """Run a copy of a model and infer the terms of its tensors' dimensions and of its attributes."""
     tracer = Tracer()
-    clone = copy_without_data(model) if device == "meta" else copy.deepcopy(model)
+    clone = copy_without_data(model) if device == "meta" else copied(model)
     # Modules that keep tensors between calls in eval mode forget them when they are put into training mode.
     clone.train().eval()
     tensors = dict(named_tensors(clone))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from ..structure.layout import Layout, Widths, parse
 from ..structure.widths import groups
 from .calibrate import estimate
 from .images import fitting
-from .modules import clear_caches, every_output
+from .modules import clear_caches, copied, every_output
 from .resize import check_fits, permuted_copy, picks, resize
 from .trace import analyze, default_input
 from .tracer import MODEL_ERRORS, named_tensors
@@ -117,14 +116,13 @@ def randomised(model: nn.Module, shape: tuple[int, ...], seed: int, *, double: b
     """A randomised copy in eval mode, an input for it and its output; with `double`, in double precision if the model runs in it."""
     generator = torch.Generator().manual_seed(seed)
     image = torch.randn(shape, generator=generator)
-    subject = copy.deepcopy(model).cpu().eval().requires_grad_(False)
-    clear_caches(subject)
+    subject = copied(model).cpu().eval().requires_grad_(False)
     randomise_(subject, generator)
     parameter = next((p for p in subject.parameters() if p.is_floating_point()), None)
     if double:
         _settle(subject, generator, shape)
     if double and (parameter is None or parameter.dtype in (torch.float32, torch.float64)):
-        precise = copy.deepcopy(subject).double()
+        precise = copied(subject).double()
         try:
             return precise, image.double(), run_flat(precise, image.double())
         except RuntimeError:  # a model that mixes dtypes runs in its own only
@@ -273,12 +271,11 @@ def _zeroing_error(model: nn.Module, layout: Layout, widths: Mapping[str, np.nda
     chosen = picks(layout, chosen)
     if not chosen:
         return None
-    zeroed = copy.deepcopy(model)
+    zeroed = copied(model)
     for name, tensor in named_tensors(zeroed):
         mask = _mask(layout, name, chosen)
         if mask is not None and tensor.is_floating_point():
             tensor.mul_(mask.to(tensor.dtype))
-    clear_caches(zeroed)
     return relative(run_flat(resize(model, layout, chosen).eval(), image), run_flat(zeroed, image))
 
 
