@@ -117,6 +117,21 @@ class TestCluster:
         with pytest.raises(CompressError, match=r"'fc\.weight': expected finite weights"):
             zc.cluster(net)
 
+    def test_of_the_few_weights_that_sparsifying_left_each_keeps_its_value(self, tmp_path):
+        net = timm.create_model("test_resnet", num_classes=10)
+        with torch.no_grad():
+            net.layer2[0].conv1.weight[0, 1:] = 1e-9
+            net.layer2[0].conv1.weight[1:] = 1e-9
+            net.layer2[0].conv1.weight[0, 0] = torch.arange(9.0).reshape(3, 3) - 4
+        sparse = zc.sparsify(net, density=0.1)
+        left = sparse.layer2[0].conv1.weight.detach().clone()
+        assert len(left.unique()) == 9, "eight values and zero"
+        few = zc.cluster(sparse, bits=4)
+        assert torch.equal(few.layer2[0].conv1.weight, left)
+        assert 9 < len(few.layer3[0].conv1.weight.unique()) <= 17
+        zc.save(few, tmp_path)
+        assert torch.equal(zc.load(tmp_path).layer2[0].conv1.weight, left)
+
     def test_other_models(self):
         for name in ("test_vit", "test_convnext"):
             net = timm.create_model(name, num_classes=10)

@@ -120,6 +120,11 @@ class TestCriteria:
         for name, score in saliency(tiny, layer_weights(tiny), criterion, few).items():
             assert torch.allclose(found[name], score)
 
+    def test_what_has_no_second_derivative(self, few):
+        net = nn.Sequential(nn.Flatten(), nn.Linear(18, 3), nn.Hardsigmoid()).double()
+        with pytest.raises(CompressError, match=r"^criterion 'grasp': it needs second derivatives, and torch has none"):
+            saliency(net, layer_weights(net), "grasp", few)
+
     @pytest.mark.parametrize("criterion", SALIENCIES)
     def test_the_model_stays_as_it_is(self, criterion, model, data):
         before, mode = copy.deepcopy(model.state_dict()), model.training

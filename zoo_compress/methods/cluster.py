@@ -30,7 +30,7 @@ def cluster(model: nn.Module, bits: int | Mapping[str, int] = 4, *, exclude: Ite
     Nothing is trained. Fine-tuning by this package's loop moves the values and keeps who shares them, in a loop of your own
     `zoo_compress.keep_packed` does; a value gets the sum of its weights' gradients, so plain SGD wants a much lower learning rate than
     for single weights, and Adam about the same. Saving stores the values and `bits` bits a weight, or less where a Huffman code is
-    smaller. In a sparse model only the weights that are left are clustered.
+    smaller. In a sparse model only the weights that are left are clustered, and where these are few each keeps its value.
 
     Args:
         model: The model. It is not changed. Compressed models too.
@@ -64,6 +64,8 @@ def _share(weight: Tensor, name: str, bits: int, *, masked: bool) -> None:
     if not torch.isfinite(weight).all():
         raise CompressError(f"cluster: {name!r}: expected finite weights, found others")
     found = len(weight[kept].unique())
+    if masked and found < 2**bits:
+        return  # sparsifying left so few that each has a value of its own
     if found < 2**bits:
         raise CompressError(
             f"cluster: {name!r}: expected at least the {2**bits} values of {bits} bits, found {found}; exclude it, or take fewer bits"

@@ -163,6 +163,8 @@ def gather(
     subject.register_forward_pre_hook(lambda *_: clear_caches(subject))
     try:
         found = statistic(subject, data)
+    except CompressError as error:
+        raise CompressError(f"criterion {criterion!r}: {error}") from error
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         raise CompressError(f"data: expected batches of (images, class indices) that the model takes: {error}") from error
     if not found:

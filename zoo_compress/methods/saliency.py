@@ -59,7 +59,10 @@ def hessian_gradient(model: nn.Module, data: Data) -> dict[str, Tensor]:
     with sdpa_kernel(SDPBackend.MATH):  # the only one whose gradient has a gradient
         for loss in losses():
             found = torch.autograd.grad(loss, list(named.values()), create_graph=True, allow_unused=True)
-            sum((t * g).sum() for t, g in zip(total, found, strict=True) if g is not None).backward()  # type: ignore[union-attr]
+            try:
+                sum((t * g).sum() for t, g in zip(total, found, strict=True) if g is not None).backward()  # type: ignore[union-attr]
+            except RuntimeError as error:
+                raise CompressError(f"it needs second derivatives, and torch has none of this model: {error}") from error
     return {name: p.grad for name, p in named.items() if p.grad is not None}
 
 
@@ -101,7 +104,9 @@ def saliency(model: nn.Module, weights: Mapping[str, nn.Parameter], criterion: s
             zero = torch.zeros((), dtype=torch.float64)  # a weight that the model does not use
             score = chosen.score(weight.detach().cpu().double(), statistic.get(name, zero).detach().cpu().double())
             if not bool(score.isfinite().all()):
-                raise CompressError(f"criterion {criterion!r}: scores of {name!r} are not finite: are the model's weights?")
+                raise CompressError(
+                    f"criterion {criterion!r}: scores of {name!r} are not finite: its weights are not, or products of them overflow"
+                )
             found[name] = score.expand(weight.shape)
     return found
 
