@@ -14,13 +14,16 @@ from huggingface_hub import ModelCard
 from timm.models import parse_model_name
 from torch import nn
 
+from ..actions import create
 from ..errors import CompressError
+from ..plan import BEFORE
 from ..plugin.hub import load
 from ..plugin.weights import WEIGHTS
 from ..record import RECORD_NAME, Record, Row, read_record
+from ..structure.layout import Layout
 from ..surgery.elastic import Elastic
 from ..surgery.origin import variant_of
-from ..surgery.trace import analyze
+from ..surgery.trace import analyze, default_input
 from ..training.checkpoint import write_atomic
 from . import picture
 from .front_matter import dataset, front_matter, threads
@@ -180,6 +183,20 @@ def finished(directory: Path) -> Record:
     return record
 
 
+def before(record: Record) -> Row | None:
+    """The row of the model that a run compressed; None if it has none, because training itself made another of it."""
+    return record.table[0] if record.table[0].label.startswith(BEFORE) else None
+
+
+def start_layout(record: Record, model: nn.Module) -> Layout:
+    """The layout of the model that a run began with, for images of the size of the one it made."""
+    recipe = recipe_of(record.recipe)
+    named = parse_model_name(recipe.model.name)[0] is None
+    untrained = recipe.model_copy(update={"model": recipe.model.model_copy(update={"pretrained": False})})
+    # Weights in a folder may be gone; the architecture they are of is known.
+    return analyze(create(untrained) if named else picture.base_of(model), default_input(model))
+
+
 def _about(subject: Subject) -> dict[str, Any]:
     """The facts that several parts of a card need."""
     model, record = subject.model, subject.record
@@ -221,13 +238,20 @@ def _results(subject: Subject, about: Mapping[str, Any]) -> str:
         )
     count = record.table[-1].test_images
     text = f"On the {f'{count:,} ' if count else ''}test images of `{dataset(about['data'])}`"
+    base = ""
+    if before(record) is None and variant_of(subject.model) is not None:
+        start = start_layout(record, subject.model)
+        base = (
+            f" What training began with has {start.num_params():,} parameters and {start.macs():,} MACs; how it does when it is trained as "
+            "it is was not measured."
+        )
     if not subject.others:
-        return f"{text}, one run with seed {record.seed}. How much another seed changes was not measured."
+        return f"{text}, one run with seed {record.seed}. How much another seed changes was not measured.{base}"
     top1 = [run.table[-1].top1 for run in (record, *subject.others)]
     seeds = ", ".join(str(run.seed) for run in (record, *subject.others))
     return (
         f"{text}: top-1 {_spread(top1)}, seeds {seeds}. The table is of the run with seed {record.seed}, whose weights these are; in "
-        "brackets, mean and standard deviation of all."
+        f"brackets, mean and standard deviation of all.{base}"
     )
 
 

@@ -13,8 +13,8 @@ from ..figures import blank_figure, save_figure
 from ..surgery.origin import variant_of
 
 
-def widths(model: nn.Module) -> list[tuple[str, int, int]]:
-    """Output channels of every layer with a matrix or kernel: name, in the base, now.
+def base_of(model: nn.Module) -> nn.Module:
+    """The whole architecture that a compressed model was made of, with shapes and no data.
 
     Raises:
         CompressError: The model is not a compressed one.
@@ -22,11 +22,18 @@ def widths(model: nn.Module) -> list[tuple[str, int, int]]:
     variant = variant_of(model)
     if variant is None:
         raise CompressError(f"{type(model).__name__}: expected a compressed model, found one without a record")
+    live = {"num_classes": model.num_classes, "in_chans": getattr(model, "in_chans", 3)}
     with torch.device("meta"):
-        base = model_entrypoint(variant.base)(
-            pretrained=False, **{"num_classes": model.num_classes, "in_chans": getattr(model, "in_chans", 3), **variant.base_args}
-        )
-    before = {name: parameter.shape[0] for name, parameter in base.named_parameters() if parameter.ndim > 1}
+        return model_entrypoint(variant.base)(pretrained=False, **{**live, **variant.base_args})
+
+
+def widths(model: nn.Module) -> list[tuple[str, int, int]]:
+    """Output channels of every layer with a matrix or kernel: name, in the base, now.
+
+    Raises:
+        CompressError: The model is not a compressed one.
+    """
+    before = {name: parameter.shape[0] for name, parameter in base_of(model).named_parameters() if parameter.ndim > 1}
     return [
         (name.removesuffix(".weight"), before[name], parameter.shape[0])
         for name, parameter in model.named_parameters()

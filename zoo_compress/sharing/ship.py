@@ -7,6 +7,8 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from torch import nn
+
 from ..errors import CompressError
 from ..plugin.hub import load
 from ..plugin.remote import CONFIG
@@ -58,7 +60,7 @@ def ship(
     if name.partition(".")[0] != variant.architecture:
         raise CompressError(f"{name}: expected {variant.architecture}.TAG, the name of what {directory} made")
     others = card.of_seeds(record, seeds)
-    entry = _entry(record, folder, name, recipe)
+    entry = _entry(record, model, folder, name, recipe)
     listing = index.read(file)
     if entry.checkpoint:
         with whole_folder(file.parent / "checkpoints" / entry.checkpoint) as target:
@@ -103,8 +105,7 @@ def rebuilt(directory: str | Path, recipe: str | Path, file: str | Path = index.
     return lines
 
 
-def _entry(record: Record, folder: Path, name: str, recipe: str) -> index.Entry:
-    first: Row = record.table[0]
+def _entry(record: Record, model: nn.Module, folder: Path, name: str, recipe: str) -> index.Entry:
     last: Row = record.table[-1]
     size = (folder / WEIGHTS).stat().st_size
     data = record.recipe["data"]
@@ -117,12 +118,19 @@ def _entry(record: Record, folder: Path, name: str, recipe: str) -> index.Entry:
         params=last.params,
         size=size,
         sha256=digest(folder / WEIGHTS),
-        base_top1=round(first.top1, 4),
-        base_macs=first.macs,
-        base_params=first.params,
+        **_base(record, model),
         recipe=recipe,
         checkpoint=name if size < LARGEST else None,
     )
+
+
+def _base(record: Record, model: nn.Module) -> dict[str, float | int]:
+    """What the index says of the model that a run compressed."""
+    first = card.before(record)
+    if first is not None:
+        return {"base_top1": round(first.top1, 4), "base_macs": first.macs, "base_params": first.params}
+    base = card.start_layout(record, model)
+    return {"base_macs": base.macs(), "base_params": base.num_params()}
 
 
 def cards_table(listing: index.Index) -> str:
@@ -137,8 +145,9 @@ def cards_table(listing: index.Index) -> str:
     ]
     for entry in listing.variants:
         where = "in the package" if entry.checkpoint else f"`hf-hub:{entry.hub_id}`" if entry.hub_id else "its recipe makes it"
+        base = "not measured" if entry.base_top1 is None else f"{entry.base_top1:.2f}%"
         lines.append(
-            f"| [{entry.name}]({entry.name}.md) | {entry.base} | {entry.dataset} | {entry.top1:.2f}% ({entry.base_top1:.2f}%) | "
+            f"| [{entry.name}]({entry.name}.md) | {entry.base} | {entry.dataset} | {entry.top1:.2f}% ({base}) | "
             f"{entry.macs:,} ({entry.base_macs:,}) | {entry.params:,} ({entry.base_params:,}) | {entry.size:,} | {where} |"
         )
     return "\n".join(lines) + "\n"

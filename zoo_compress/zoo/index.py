@@ -37,7 +37,7 @@ class Entry(BaseModel):
         params: Number of parameters.
         size: Bytes of its model.safetensors.
         sha256: Hash of that file.
-        base_top1: Of the model it was made of, percent.
+        base_top1: Of the model it was made of, percent; None where that was not evaluated, because training itself makes this of it.
         base_macs: Of the model it was made of.
         base_params: Of the model it was made of.
         recipe: File in `recipes/` that makes it.
@@ -54,7 +54,7 @@ class Entry(BaseModel):
     params: Count
     size: Count
     sha256: Hash
-    base_top1: Percent
+    base_top1: Percent | None = None
     base_macs: Count
     base_params: Count
     recipe: RecipeName | None = None
