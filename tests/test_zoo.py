@@ -57,10 +57,10 @@ class TestEntries:
         record = read_record(entry.folder)
         first, last = record.table[0], record.table[-1]
         assert (entry.top1, entry.macs, entry.params) == (round(last.top1, 4), last.macs, last.params)
-        if first.label.startswith("before "):
+        if first.label.startswith("before ") and first.top1 > 50:  # trained
             assert (entry.base_top1, entry.base_macs, entry.base_params) == (round(first.top1, 4), first.macs, first.params)
         else:
-            assert entry.base_top1 is None, "what training made of a model says nothing of that model"
+            assert entry.base_top1 is None, "what training made of a model, or an untrained one, says nothing of that model"
         of_file = load_recipe(ROOT / "recipes" / entry.recipe)
         assert recipe_of(record.recipe).model_copy(update={"seed": of_file.seed, "output": of_file.output}) == of_file
 
@@ -349,7 +349,7 @@ class TestShip:
         layout = zc.analyze(base)
         assert (entry.base_top1, entry.base_macs, entry.base_params) == (None, layout.macs(), layout.num_params())
         assert (
-            f"{layout.macs():,} MACs; how it does when it is trained as it is was not measured"
+            f"{layout.macs():,} MACs; how it does when it is trained without compressing was not measured"
             in (tmp_path / f"cards/{name}.md").read_text()
         )
         assert "90.00% (not measured)" in (tmp_path / "cards/README.md").read_text()

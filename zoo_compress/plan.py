@@ -7,9 +7,6 @@ from .recipe import EvaluateStage, FinetuneStage, PruneStage, Recipe, SaveStage,
 from .training.config import TrainConfig
 from .training.task import ChangeConfig
 
-BEFORE = "before "
-"""How the label of a table's first row begins, if it is of the model that was compressed."""
-
 
 @dataclass(frozen=True)
 class PruneRound:
@@ -102,7 +99,7 @@ def milestones(plan: tuple[Step, ...]) -> dict[str, Step]:
     if dense is None:
         return {"model": next(step for step in reversed(plan) if step.makes_model)}
     later = [(step.noun, step) for step in plan[dense.index + 1 :] if step.noun is not None]
-    rows = {f"{BEFORE}{later[0][0]}": dense}
+    rows = {f"before {later[0][0]}": dense}
     for noun, step in later:
         again = sum(label.startswith(f"after {noun}") for label in rows)
         rows[f"after {noun}" + (f" ({again + 1})" if again else "")] = step

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..actions import create
 from ..errors import CompressError
-from ..plan import BEFORE
+from ..plan import make_plan, uncompressed
 from ..plugin.hub import load
 from ..plugin.weights import WEIGHTS
 from ..record import RECORD_NAME, Record, Row, read_record
@@ -184,8 +184,11 @@ def finished(directory: Path) -> Record:
 
 
 def before(record: Record) -> Row | None:
-    """The row of the model that a run compressed; None if it has none, because training itself made another of it."""
-    return record.table[0] if record.table[0].label.startswith(BEFORE) else None
+    """The row of the model that a run compressed; None if there is none, because training came only with or after compressing."""
+    recipe = recipe_of(record.recipe)
+    dense = uncompressed(make_plan(recipe))
+    trained = dense is not None and (dense.action != "create" or recipe.model.pretrained)
+    return record.table[0] if trained else None
 
 
 def start_layout(record: Record, model: nn.Module) -> Layout:
@@ -242,8 +245,8 @@ def _results(subject: Subject, about: Mapping[str, Any]) -> str:
     if before(record) is None and variant_of(subject.model) is not None:
         start = start_layout(record, subject.model)
         base = (
-            f" What training began with has {start.num_params():,} parameters and {start.macs():,} MACs; how it does when it is trained as "
-            "it is was not measured."
+            f" What training began with has {start.num_params():,} parameters and {start.macs():,} MACs; how it does when it is "
+            "trained without compressing was not measured."
         )
     if not subject.others:
         return f"{text}, one run with seed {record.seed}. How much another seed changes was not measured.{base}"
