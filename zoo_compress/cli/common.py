@@ -122,7 +122,7 @@ def _image_options(text: str) -> tuple[Callable[[Command], Command], ...]:
     )
 
 
-def compression(images: str | None = None) -> Callable[[Callable[..., "Compressed"]], Callable[..., None]]:
+def compression(images: str | None = None, needing: Sequence[str] = ()) -> Callable[[Callable[..., "Compressed"]], Callable[..., None]]:
     """A command that makes another model of MODEL and saves it, with the options that all such commands have.
 
     What it decorates takes the model, batches of images or None, and its own options, and gives the new model and what to say of it, given
@@ -130,6 +130,7 @@ def compression(images: str | None = None) -> Callable[[Callable[..., "Compresse
 
     Args:
         images: What images are looked at for; None where they are not.
+        needing: Its options that mean nothing without images.
     """
 
     def decorate(make: Callable[..., "Compressed"]) -> Callable[..., None]:
@@ -148,6 +149,9 @@ def compression(images: str | None = None) -> Callable[[Callable[..., "Compresse
 
             from ..training.checkpoint import check_empty
 
+            for name in needing:
+                if settings[name] and source is None:
+                    raise CompressError(f"--{name}: expected --data with images for it, found none")
             check_empty(output)
             loaded = load_model(model, pretrained, args)
             made, report = make(loaded, calibration_data(loaded, source, data_root, images) if source else None, **settings)

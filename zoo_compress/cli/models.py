@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import CompressError
 from .common import MODEL_HELP, cli, compression, examples, load_model, model_options, plural
 
 if TYPE_CHECKING:
@@ -81,7 +80,7 @@ def inspect(model: str, pretrained: bool, args: tuple[str, ...]) -> None:
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Images in a pass that is measured.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of a pass that is measured; torch's choice unless given.")
-@compression("Images to look at: imagefolder:PATH, digits, fashion_mnist, or a name timm.data.create_dataset takes.")
+@compression("Images to look at: imagefolder:PATH, digits, fashion_mnist, or a name timm.data.create_dataset takes.", ("reconstruct",))
 def prune(model: "nn.Module", data: "Batches | None", reconstruct: bool, **settings: Any) -> "Compressed":
     """Prune MODEL to a budget, without training, and save it.
 
@@ -91,8 +90,6 @@ def prune(model: "nn.Module", data: "Batches | None", reconstruct: bool, **setti
 
     from ..profiling.measure import measure_many
 
-    if reconstruct and data is None:
-        raise CompressError("--reconstruct: expected --data with images to reconstruct from, found none")
     small = zc.prune(model, data=data, reconstruct=data if reconstruct else None, **settings)
 
     def report(output: Path) -> str:
