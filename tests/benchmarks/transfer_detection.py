@@ -114,7 +114,10 @@ def detector(body: nn.Module) -> FCOS:
 
 
 def train(model: FCOS, data: list, epochs: int, seed: int, label: str, first: int = 0, total: int | None = None) -> None:
-    """Train in place, with one cosine schedule over `total` epochs of which these are a part."""
+    """Train in place, with one cosine schedule over `total` epochs of which these are a part.
+
+    The first epoch warms up: without, the rectified box branch of FCOS dies in some runs and not in others, which is all that is seen then.
+    """
     batch = 16
     steps = len(data) // batch
     whole = (total or epochs) * steps
@@ -123,7 +126,8 @@ def train(model: FCOS, data: list, epochs: int, seed: int, label: str, first: in
     for epoch in range(first, first + epochs):
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed * 1000 + epoch))
         for i in tqdm(range(steps), desc=f"{label} {epoch + 1}", leave=False):
-            optimizer.param_groups[0]["lr"] = 1e-3 * 0.5 * (1 + np.cos(np.pi * (epoch * steps + i) / whole))
+            warm = min(1.0, ((epoch - first) * steps + i + 1) / steps)
+            optimizer.param_groups[0]["lr"] = warm * 1e-3 * 0.5 * (1 + np.cos(np.pi * (epoch * steps + i) / whole))
             picked = [data[j] for j in order[i * batch : (i + 1) * batch]]
             loss = sum(model([image for image, _ in picked], [target for _, target in picked]).values())
             optimizer.zero_grad()
