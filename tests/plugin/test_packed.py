@@ -297,7 +297,7 @@ class TestTied:
 
     def test_by_hand(self, tmp_path):
         """Tied after timm made the model: the base has two tensors, which get equal values."""
-        model = zc.sparsify(timm.create_model("test_resnet", num_classes=10, in_chans=32), density=0.5)
+        model = zc.sparsify(timm.create_model("test_resnet", num_classes=10), density=0.5)
         model.layer1[0].bn2.weight = model.layer1[0].bn1.weight
         zc.save(model, tmp_path)
         assert same(zc.load(tmp_path), model)
