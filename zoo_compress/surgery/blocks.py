@@ -15,9 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import AnalysisError, CompressError, VariantError
 from ..structure.variant import Variant, record
 from .images import fitting
-from .modules import copied, every_output, holders
+from .modules import copied, eval_copy, every_output, holders
 from .origin import origin, stamp
-from .proof import copy_of
 from .trace import analyze, default_input
 from .tracer import MODEL_ERRORS
 
@@ -230,7 +229,7 @@ def _adding(model: nn.Module, example: torch.Tensor) -> dict[str, Block]:
     """The innermost modules that add to their input and run once."""
     failure: Exception | None = None
     for device in ("meta", "cpu"):  # a model that looks at values needs real tensors
-        clone, additions = copy_of(model, device), _Additions()
+        clone, additions = eval_copy(model, device), _Additions()
         additions.watch(clone)
         try:
             with additions, torch.no_grad(), every_output(clone):
@@ -257,7 +256,7 @@ def _far(found: torch.Tensor, expected: torch.Tensor) -> bool:
 def _not_linear(model: nn.Module, blocks: dict[str, Block], image: torch.Tensor) -> dict[str, str]:
     """Blocks in which twice the parameters of a module at the end of a branch do not give twice its output."""
     refused: dict[str, str] = {}
-    clone = copy_of(model, "cpu").requires_grad_(False)
+    clone = eval_copy(model, "cpu").requires_grad_(False)
 
     def hook(path: str, end: str) -> Value:
         def compare(module: nn.Module, args: Any, out: Any) -> None:
@@ -281,7 +280,7 @@ def _not_identity(model: nn.Module, blocks: dict[str, Block], image: torch.Tenso
     """Blocks that do not give what they are given when nothing is added to it."""
     refused: dict[str, str] = {}
     given: dict[str, torch.Tensor] = {}
-    clone = copy_of(model, "cpu").requires_grad_(False)
+    clone = eval_copy(model, "cpu").requires_grad_(False)
 
     def enter(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
@@ -322,7 +321,7 @@ def _not_made_of(model: nn.Module, blocks: dict[str, Block], image: torch.Tensor
 
     for precision in (torch.float64, torch.float32):
         # What is added may be a millionth of what it is added to. A model that mixes dtypes runs in its own only.
-        clone = copy_of(model, "cpu").requires_grad_(False).to(precision)
+        clone = eval_copy(model, "cpu").requires_grad_(False).to(precision)
         for path, block in blocks.items():
             if not block.direct:
                 clone.get_submodule(path).register_forward_hook(hook(block), with_kwargs=True)

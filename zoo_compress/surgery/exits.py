@@ -18,8 +18,8 @@ from ..structure.variant import Variant
 from .images import fitting
 from .kernels import Kernels
 from .leaving import MEASURES, Decision, Every, Head, Leaving, Patience, Spent, Threshold, Until, thresholds_of
-from .modules import copied
-from .proof import Trial, copy_of
+from .modules import copied, eval_copy
+from .proof import Trial
 from .restore import present
 from .rows import Boundary, Visitor, run, set_taps, visiting
 from .trace import default_input
@@ -208,7 +208,7 @@ class ExitsModel(nn.Module):
 
     def _costs(self) -> tuple[tuple[int, ...], int]:
         """`costs`, and the MACs of the network without heads."""
-        clone: Any = copy_of(self, "meta")
+        clone: Any = eval_copy(self, "meta")
         with Kernels(), FlopCounterMode(display=False) as counter, torch.no_grad():
             spent = Spent(clone.exits, self.record.places, counter)
             clone.forward_followed(spent, default_input(self)[:1])

@@ -18,8 +18,7 @@ from ..structure.factors import LayerShape
 from ..structure.layout import Layout, parse
 from .factors import shape_of, unfit
 from .kernels import Kernels
-from .modules import every_output, holders
-from .proof import copy_of
+from .modules import eval_copy, every_output, holders
 from .trace import default_input
 from .tracer import MODEL_ERRORS
 
@@ -129,7 +128,7 @@ def _look(model: nn.Module, layers: dict[str, DenseLayer], example: torch.Tensor
     for device in ("meta", "cpu"):  # a model that looks at values needs real tensors
         for layer in layers.values():
             layer.calls.clear()
-        clone = copy_of(model, device)
+        clone = eval_copy(model, device)
         image = torch.zeros((1, *example.shape[1:]), dtype=example.dtype, device=device)
         watch = _Watch(clone, layers)
         try:

@@ -174,8 +174,13 @@ def _copied_dictionaries(model: nn.Module) -> dict[int, Any]:
     return {id(value): type(value)() for value in values if type(value) in (dict, OrderedDict) and not value}
 
 
-def copy_without_data(model: nn.Module) -> nn.Module:
-    """A copy whose tensors have shapes and no data."""
+def eval_copy(model: nn.Module, device: str) -> nn.Module:
+    """A copy in eval mode on a device, as `copied` makes it; on the meta device its tensors have shapes and no data."""
+    return (_copied_without_data(model) if device == "meta" else copied(model).to(device)).eval()
+
+
+def _copied_without_data(model: nn.Module) -> nn.Module:
+    clear_caches(model)
     memo = _copied_dictionaries(model)
     for module in model.modules():
         for tensors in (module._parameters, module._buffers, vars(module)):

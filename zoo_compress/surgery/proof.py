@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import AnalysisError
 from .kernels import Kernels
-from .modules import copied, copy_without_data
+from .modules import eval_copy
 from .rows import Alive, Boundary, Carrier, Visitor, calls, leaves_of, run, select, set_taps
 from .tracer import MODEL_ERRORS
 from .verify import randomise_
@@ -115,7 +115,7 @@ class Trial:
 
     def _run(self, device: str, places: Sequence[str], shrink: _Shrink) -> tuple[int, ...]:
         if device not in self._copies:
-            self._copies[device] = copy_of(self.model, device)
+            self._copies[device] = eval_copy(self.model, device)
         clone = self._copies[device]
         image = torch.zeros((shrink.sizes[0], *self.example.shape[1:]), dtype=self.example.dtype, device=device)
         set_taps(clone, places)
@@ -138,7 +138,7 @@ class Trial:
         # in its own only.
         for dtype in (torch.float64, self.example.dtype):
             generator = torch.Generator().manual_seed(0)
-            clone = copy_of(self.model, "cpu").requires_grad_(False)
+            clone = eval_copy(self.model, "cpu").requires_grad_(False)
             randomise_(clone, generator)
             image = torch.randn((len(places) + 2, *self.example.shape[1:]), generator=generator)
             set_taps(clone, places)
@@ -232,13 +232,6 @@ def _shape(leaf: Any) -> str:
 def _needs_data(error: Exception) -> bool:
     """Whether an error says that a tensor without data was asked for its values."""
     return isinstance(error, NotImplementedError) or "meta" in str(error).lower()
-
-
-def copy_of(model: nn.Module, device: str) -> nn.Module:
-    """A copy in eval mode without what modules keep between calls; on the meta device, without data."""
-    clone = copy_without_data(model) if device == "meta" else copied(model).to(device)
-    # Modules that keep tensors between calls in eval mode forget them when they are put into training mode.
-    return clone.train().eval()
 
 
 def _primes(count: int, least: int) -> list[int]:

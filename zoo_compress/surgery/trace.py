@@ -26,7 +26,7 @@ from .elastic import Elastic
 from .finish import finish
 from .functions import FUNCTIONS
 from .kernels import Kernels
-from .modules import copied, copy_without_data, every_output
+from .modules import eval_copy, every_output
 from .rules import COSTLY, RULES, elementwise
 from .sizes import equalities
 from .tracer import MODEL_ERRORS, Tracer, named_tensors
@@ -123,9 +123,7 @@ def run_traced(
 ) -> tuple[Tracer, dict[str, list[Term]], metadata.Attributes]:
     """Run a copy of a model and infer the terms of its tensors' dimensions and of its attributes."""
     tracer = Tracer()
-    clone = copy_without_data(model) if device == "meta" else copied(model)
-    # Modules that keep tensors between calls in eval mode forget them when they are put into training mode.
-    clone.train().eval()
+    clone = eval_copy(model, device)
     tensors = dict(named_tensors(clone))
     dims: dict[str, list[Term]] = {name: [Variable(n) if n > 1 else 1 for n in tensor.shape] for name, tensor in tensors.items()}
     for name, tensor in tensors.items():

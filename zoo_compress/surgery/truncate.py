@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from ..structure.exits import Exit
 from .kernels import Kernels
 from .leaving import Until
-from .proof import copy_of
+from .modules import eval_copy
 from .trace import default_input
 from .tracer import named_tensors
 
@@ -26,7 +26,7 @@ def truncate_(net: nn.Module, exit: Exit, heads: str) -> None:
         exit: Where it ends from now on.
         heads: Name of the module that holds the heads.
     """
-    clone: Any = copy_of(net, "meta")
+    clone: Any = eval_copy(net, "meta")
     paths = {id(tensor): name.rpartition(".")[0] for name, tensor in named_tensors(clone)}
     ran: set[str] = set()
 
