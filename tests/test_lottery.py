@@ -46,7 +46,7 @@ def done(tmp_path_factory):
 
 
 def ticket(folder, number, seed=0):
-    return timm.create_model(f"local-dir:{folder}/out_lottery_seed{seed}/rounds/{number:02d}", pretrained=True)
+    return timm.create_model(f"local-dir:{folder}/out_lottery_rewind2_seed{seed}/rounds/{number:02d}", pretrained=True)
 
 
 def test_every_arm_of_every_round_is_there(done):
@@ -89,7 +89,7 @@ def test_a_ticket_is_the_rewound_network_trained_again(done, tmp_path):
 
 def test_the_snapshot_is_of_the_asked_step_and_arms_start_where_they_should(done):
     folder, _ = done
-    snapshot = Snapshot.load(folder / "out_lottery_seed0/snapshot.safetensors")
+    snapshot = Snapshot.load(folder / "out_lottery_rewind2_seed0/snapshot.safetensors")
     assert snapshot.step == 2
     trained = ticket(folder, 0).state_dict()
     assert not torch.equal(snapshot.model["conv1.0.weight"], trained["conv1.0.weight"])
@@ -106,7 +106,7 @@ def test_a_study_goes_on_and_ends_with_the_same_numbers(done, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         lottery(path, SETTINGS, (0,), log=stop)
-    stopped = json.loads((tmp_path / "out_lottery_seed0/lottery.json").read_text())["points"]
+    stopped = json.loads((tmp_path / "out_lottery_rewind2_seed0/lottery.json").read_text())["points"]
     assert 1 < len(stopped) < 11
     study = lottery(path, SETTINGS, (0,), log=silent)[0]
     numbers = [[(p.round, p.arm, p.remaining, p.top1) for p in each.points] for each in (study, studies[0])]
@@ -115,7 +115,15 @@ def test_a_study_goes_on_and_ends_with_the_same_numbers(done, tmp_path):
     assert lottery(path, SETTINGS, (0,), log=said.append)[0] == study
     assert said == [], "a finished study trains nothing"
     with pytest.raises(RecipeError, match=r"expected the recipe and settings of the study in .*, found others"):
-        lottery(path, LotteryConfig(rounds=3), (0,), log=silent)
+        lottery(path, LotteryConfig(rounds=3, rewind=2), (0,), log=silent)
+
+
+def test_studies_of_other_steps_to_rewind_to_stand_side_by_side(tmp_path):
+    path, arms = write(tmp_path), {"rounds": 1, "controls": ()}
+    for step in (0, 2):
+        lottery(path, LotteryConfig(rewind=step, **arms), log=silent)
+    found = {folder.name: Snapshot.load(folder / "snapshot.safetensors").step for folder in tmp_path.iterdir() if folder.is_dir()}
+    assert found == {"out_lottery_seed0": 0, "out_lottery_rewind2_seed0": 2}
 
 
 def test_table_and_plot(done, tmp_path):

@@ -111,9 +111,10 @@ def lottery(
 ) -> list[Study]:
     """Train, remove weights, rewind and train again, round by round, with controls; or what is left of that.
 
-    Each seed has a folder, the recipe's output with `_lottery_seed0` behind: the record, the snapshot that is rewound to, and every
-    round's trained ticket as a sparse model (`timm.create_model("local-dir:…/rounds/03", pretrained=True)`), whose file holds its mask with
-    one bit a weight. A study that was stopped goes on, within a training after its last epoch, and ends with the same numbers.
+    Each seed has a folder, the recipe's output with `_lottery_seed0` behind, or `_lottery_rewind468_seed0` where that step is rewound to:
+    the record, the snapshot that is rewound to, and every round's trained ticket as a sparse model
+    (`timm.create_model("local-dir:…/rounds/03", pretrained=True)`), whose file holds its mask with one bit a weight. A study that was
+    stopped goes on, within a training after its last epoch, and ends with the same numbers.
 
     Args:
         path: A recipe whose only stage besides `evaluate` and `save` is one `train` stage, without a method.
@@ -127,17 +128,18 @@ def lottery(
     """
     settings = settings or LotteryConfig()
     check_seeds(seeds)
-    recipes = [_recipe(path, seed) for seed in seeds]
+    recipes = [_recipe(path, settings.rewind, seed) for seed in seeds]
     return [_one(path, recipe, settings, log or say) for recipe in recipes]
 
 
-def _recipe(path: str | Path, seed: int) -> Recipe:
+def _recipe(path: str | Path, rewind: int, seed: int) -> Recipe:
     recipe = load_recipe(path)
     rest = [stage.kind for stage in recipe.stages[1:] if not isinstance(stage, EvaluateStage | SaveStage)]
     first = recipe.stages[0]
     if not isinstance(first, TrainStage) or first.method is not None or rest:
         raise RecipeError(f"{path}: expected one train stage without a method, and no others but evaluate and save: it is what is repeated")
-    return recipe.model_copy(update={"output": f"{recipe.output.rstrip('/')}_lottery"}).with_seed(seed)
+    output = f"{recipe.output.rstrip('/')}_lottery" + (f"_rewind{rewind}" if rewind else "")
+    return recipe.model_copy(update={"output": output}).with_seed(seed)
 
 
 @dataclass(frozen=True)
