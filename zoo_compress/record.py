@@ -156,7 +156,7 @@ def format_table(rows: Sequence[Row]) -> str:
     if not rows:
         return "(no model measured)"
     first = rows[0]
-    latency = f"CPU latency, ms (median ± half IQR; batch {first.batch_size}, {first.threads} thread{'s' * (first.threads > 1)})"
+    latency = f"CPU latency, ms (median ± half IQR; batch {first.batch_size}, {plural(first.threads, 'thread')})"
     lines = [["", "parameters", "MACs", "file, bytes", "top-1", latency]]
     for row in rows:
         share = f" ({row.macs / first.macs:.1%})" if row is not first else ""
@@ -171,6 +171,11 @@ def format_table(rows: Sequence[Row]) -> str:
             ]
         )
     return aligned(lines)
+
+
+def plural(count: int, what: str) -> str:
+    """`1 thread`, `2 threads`."""
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def aligned(lines: Sequence[Sequence[str]], left: int = 1) -> str:

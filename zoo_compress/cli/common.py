@@ -57,11 +57,6 @@ def examples(*lines: str) -> str:
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
-def plural(count: int, what: str) -> str:
-    """`1 thread`, `2 threads`."""
-    return f"{count} {what}{'s' * (count != 1)}"
-
-
 def load_model(name: str, pretrained: bool = False, args: Sequence[str] = ()) -> "nn.Module":
     """Load what a user calls a model.
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .common import MODEL_HELP, cli, compression, examples, load_model, model_options, plural
+from .common import MODEL_HELP, cli, compression, examples, load_model, model_options
 
 if TYPE_CHECKING:
     from torch import nn
@@ -89,6 +89,7 @@ def prune(model: "nn.Module", data: "Batches | None", reconstruct: bool, **setti
     import zoo_compress as zc
 
     from ..profiling.measure import measure_many
+    from ..record import plural
 
     small = zc.prune(model, data=data, reconstruct=data if reconstruct else None, **settings)
 
@@ -161,6 +162,7 @@ def measure(models: tuple[str, ...], batch_size: int, threads: int | None, runs:
     Memory is that of weights and of the tensors alive at the worst moment of one forward pass.
     """
     from ..profiling.measure import measure_many
+    from ..record import plural
 
     costs = measure_many({name: load_model(name, pretrained, args) for name in models}, batch_size, threads, runs=runs)
     width = max(map(len, costs))

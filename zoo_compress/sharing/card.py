@@ -19,14 +19,14 @@ from ..errors import CompressError
 from ..plan import make_plan, uncompressed
 from ..plugin.hub import load
 from ..plugin.weights import WEIGHTS
-from ..record import RECORD_NAME, Record, Row, read_record
+from ..record import RECORD_NAME, Record, Row, plural, read_record
 from ..structure.layout import Layout
 from ..surgery.elastic import Elastic
 from ..surgery.origin import variant_of
 from ..surgery.trace import analyze, default_input
 from ..training.checkpoint import write_atomic
 from . import picture
-from .front_matter import dataset, front_matter, threads
+from .front_matter import dataset, front_matter
 from .recipe_text import is_of, recipe_of, to_yaml
 
 README = "README.md"
@@ -285,7 +285,7 @@ def _usage(model: nn.Module) -> str:
 
 def _measured(record: Record) -> str:
     first, where = record.table[0], record.machine
-    return f"Latency: batch {first.batch_size}, {threads(first.threads)}, {where.get('processor')}, {where.get('system')}."
+    return f"Latency: batch {first.batch_size}, {plural(first.threads, 'thread')}, {where.get('processor')}, {where.get('system')}."
 
 
 def _baselines(subject: Subject) -> str:
@@ -327,7 +327,10 @@ def _facts(record: Record) -> list[tuple[str, str]]:
     return [
         ("seed", str(record.seed)),
         ("recipe's sha256", record.recipe_sha256),
-        ("machine", ", ".join(f"{value}" if key != "threads" else threads(int(str(value))) for key, value in record.machine.items())),
+        (
+            "machine",
+            ", ".join(f"{value}" if key != "threads" else plural(int(str(value)), "thread") for key, value in record.machine.items()),
+        ),
         ("processes", str(record.world_size)),
         *record.versions.items(),
     ]
@@ -335,7 +338,7 @@ def _facts(record: Record) -> list[tuple[str, str]]:
 
 def _limits(subject: Subject) -> list[str]:
     size = timm.data.resolve_model_data_config(subject.model)["input_size"]
-    limits = [f"Made for images of {size[1]}×{size[2]} with {size[0]} channel{'s' * (size[0] != 1)}; MACs are at that size."]
+    limits = [f"Made for images of {size[1]}×{size[2]} with {plural(size[0], 'channel')}; MACs are at that size."]
     if subject.record:
         limits += [
             "Accuracy is on one data set; other images, classes and shifts were not looked at.",

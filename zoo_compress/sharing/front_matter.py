@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from timm.models import get_pretrained_cfg, parse_model_name
 
 from ..plugin.weights import digest
-from ..record import Record
+from ..record import Record, plural
 
 FORMAT = 1
 KEY = "zoo_compress"
@@ -79,7 +79,7 @@ def _eval_results(record: Record, about: Mapping[str, Any]) -> list[EvalResult]:
         ("parameters", "Parameters", row.params),
         ("macs", "MACs of one image", row.macs),
         ("size", "Bytes of model.safetensors", about["size"]),
-        ("latency", f"CPU latency, ms, batch {row.batch_size}, {threads(row.threads)}", row.latency_ms),
+        ("latency", f"CPU latency, ms, batch {row.batch_size}, {plural(row.threads, 'thread')}", row.latency_ms),
     ]
     return [
         EvalResult(
@@ -95,8 +95,3 @@ def _eval_results(record: Record, about: Mapping[str, Any]) -> list[EvalResult]:
         for kind, name, value in metrics
         if not isinstance(value, float) or math.isfinite(value)
     ]
-
-
-def threads(count: int) -> str:
-    """A number of threads in words."""
-    return f"{count} thread{'s' * (count != 1)}"
