@@ -299,18 +299,36 @@ class TestPublish:
             publish("me", file=file, runs=tmp_path / "runs", log=lambda line: None)
         assert hub.repos == {}
 
-    def test_of_runs_with_several_seeds_the_one_that_the_index_means(self, hub, file, tmp_path):
+    @pytest.fixture
+    def runs(self, file, tmp_path):
+        """Runs of a recipe with seeds 0 and 1, of which the index means the second; the first made other weights."""
         source = index.find(HALF).folder
-        entry = index.find(HALF).model_copy(update={"checkpoint": None})
-        file.write_text(index.dump(index.Index(variants=(entry,))))
+        file.write_text(index.dump(index.Index(variants=(index.find(HALF).model_copy(update={"checkpoint": None}),))))
         for seed in (0, 1):
             made = tmp_path / f"runs/quickstart_seed{seed}"
             shutil.copytree(source, made / "model", ignore=shutil.ignore_patterns("results.json"))
-            shutil.copyfile(source / "results.json", made / "results.json")
-        other = tmp_path / "runs/quickstart_seed0/model/model.safetensors"
-        shutil.copyfile(index.find("test_byobnet__pruned.fmnist_half").folder / "model.safetensors", other)
-        publish("me", file=file, runs=tmp_path / "runs", log=lambda line: None)
+            record = read_record(source)
+            write_record(made, record.model_copy(update={"seed": seed, "recipe": {**record.recipe, "seed": seed}}))
+        other = index.find("test_byobnet__pruned.fmnist_half").folder
+        shutil.copyfile(other / "model.safetensors", tmp_path / "runs/quickstart_seed0/model/model.safetensors")
+        return tmp_path / "runs"
+
+    def test_of_runs_with_several_seeds_the_one_that_the_index_means(self, hub, file, runs):
+        publish("me", file=file, runs=runs, log=lambda line: None)
         assert hub.repos.keys() == {f"me/{HALF}"}
+        assert "2 seeds" in (runs / "quickstart_seed1/model/README.md").read_text()
+
+    def test_weights_that_another_processor_made_are_shipped_before_they_are_published(self, hub, file, runs, tmp_path):
+        shutil.rmtree(runs / "quickstart_seed1")
+        other = index.find("test_resnet__pruned.fmnist_oneshot").folder
+        for name in ("model.safetensors", "config.json"):
+            shutil.copyfile(other / name, runs / "quickstart_seed0/model" / name)
+        with pytest.raises(CompressError, match=rf"found .* in .*seed0; .* zoo-compress ship .*seed0 {HALF} quickstart\.yaml") as refused:
+            publish("me", file=file, runs=runs, log=lambda line: None)
+        assert hub.repos == {}
+        command = re.search(r"zoo-compress (ship .*\.yaml)", str(refused.value))[1].split()
+        invoke(*command, "--index", file, "--cards", tmp_path / "cards")
+        assert [pushed.changed for pushed in publish("me", file=file, runs=runs, log=lambda line: None)] == [True]
 
     def test_command(self, hub, file):
         output = invoke("publish", "--owner", "me", "--index", file).output
@@ -368,9 +386,9 @@ class TestShip:
         recipe = tmp_path / "recipes/quickstart.yaml"
         assert rebuilt(made, recipe) == [f"{HALF}: the same weights as in the zoo, sha256 {index.find(HALF).sha256[:12]}…"]
         assert rebuilt(made, tmp_path / "quickstart.yaml") == []
-        assert rebuilt(made, tmp_path / "recipes/test_byobnet_fmnist_half.yaml")[0].startswith(
-            "test_byobnet__pruned.fmnist_half: other weights"
-        )
+        (line,) = rebuilt(made, tmp_path / "recipes/test_byobnet_fmnist_half.yaml")
+        assert line.startswith("test_byobnet__pruned.fmnist_half: other weights")
+        assert line.endswith("top-1 98.87% (zoo 90.81%), 2,011,584 MACs (zoo 522,016)")
         recipe.parent.mkdir()
         shutil.copyfile(ROOT / "recipes/quickstart.yaml", recipe)
         monkeypatch.chdir(tmp_path)

@@ -13,7 +13,7 @@ from ..errors import CompressError
 from ..plugin.hub import load
 from ..plugin.remote import CONFIG
 from ..plugin.weights import WEIGHTS, digest
-from ..record import RECORD_NAME, Record, Row, write_record
+from ..record import RECORD_NAME, Record, Row, read_record, write_record
 from ..surgery.origin import variant_of
 from ..training.checkpoint import whole_folder, write_atomic
 from ..zoo import index
@@ -90,19 +90,24 @@ def rebuilt(directory: str | Path, recipe: str | Path, file: str | Path = index.
         file: The index.
 
     Returns:
-        A line for each variant that the index has of this recipe. Other weights are no error: machines and versions round differently.
+        A line for each variant that the index has of this recipe. Other weights are no error: processors and versions round differently,
+        and of a network that was trained only statistics come out alike. Then both accuracies and MACs are said.
     """
     name = Path(recipe).absolute().as_posix().rpartition("/recipes/")[2]
     folder = card.saved_folder(Path(directory))
-    lines = []
-    for entry in index.read(Path(file)).variants:
-        if folder is not None and entry.recipe == name:
-            found = digest(folder / WEIGHTS)
-            same = f"the same weights as in the zoo, sha256 {found[:12]}…"
-            other = f"other weights than in the zoo (expected sha256 {entry.sha256[:12]}…, found {found[:12]}…)"
-            verdict = same if found == entry.sha256 else f"{other}: another machine, version or set of images gives others"
-            lines.append(f"{entry.name}: {verdict}")
-    return lines
+    entries = [entry for entry in index.read(Path(file)).variants if entry.recipe == name]
+    if folder is None or not entries:
+        return []
+    found, row = digest(folder / WEIGHTS), card.finished(Path(directory)).table[-1]
+    same = f"the same weights as in the zoo, sha256 {found[:12]}…"
+    return [f"{entry.name}: {same if entry.sha256 == found else _difference(entry, found, row)}" for entry in entries]
+
+
+def _difference(entry: index.Entry, found: str, row: Row) -> str:
+    return (
+        f"other weights than in the zoo (expected sha256 {entry.sha256[:12]}…, found {found[:12]}…): another processor, version or set of "
+        f"images gives others; top-1 {row.top1:.2f}% (zoo {entry.top1:.2f}%), {row.macs:,} MACs (zoo {entry.macs:,})"
+    )
 
 
 def _entry(record: Record, model: nn.Module, folder: Path, name: str, recipe: str) -> index.Entry:
@@ -207,13 +212,21 @@ def _collect(entry: index.Entry, zoo: Path, runs: Path, folder: Path, name: str)
     if entry.checkpoint:
         packaged(entry, folder, name, zoo / "checkpoints" / entry.checkpoint)
     else:
-        name = Path(str(entry.recipe)).stem
-        outputs = [path for path in (runs / name, *sorted(runs.glob(f"{name}_seed*"))) if card.saved_folder(path) is not None]
+        recipe = Path(str(entry.recipe)).stem
+        outputs = [path for path in (runs / recipe, *sorted(runs.glob(f"{recipe}_seed*"))) if card.saved_folder(path) is not None]
         if not outputs:
-            raise CompressError(f"expected the run of its recipe in {runs / name}, found none; zoo-compress run recipes/{entry.recipe}")
-        made = {path: digest(Path(str(card.saved_folder(path))) / WEIGHTS) for path in outputs}
-        source = card.write(next((path for path in outputs if made[path] == entry.sha256), outputs[0]))
-        for file in source.iterdir():
+            raise CompressError(f"expected the run of its recipe in {runs / recipe}, found none; zoo-compress run recipes/{entry.recipe}")
+        made = {digest(Path(str(card.saved_folder(path))) / WEIGHTS): path for path in outputs}
+        if entry.sha256 not in made:
+            found = ", ".join(f"{sha256[:12]}… in {path}" for sha256, path in made.items())
+            raise CompressError(
+                f"expected a run whose weights have sha256 {entry.sha256[:12]}… as in the index, found {found}; another processor gives "
+                f"others, which are published once they are in the index: zoo-compress ship {outputs[0]} {entry.name} {entry.recipe}"
+            )
+        source = made[entry.sha256]
+        others = {record.seed: path for path in outputs if (record := read_record(path)) and record.status == "finished"}
+        others.pop(card.finished(source).seed)
+        for file in card.write(source, list(others.values())).iterdir():
             if file.name in (CONFIG, WEIGHTS, card.README, card.PICTURE):
                 shutil.copyfile(file, folder / file.name)
     if (found := digest(folder / WEIGHTS)) != entry.sha256:
