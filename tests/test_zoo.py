@@ -316,7 +316,7 @@ class TestPublish:
     def test_of_runs_with_several_seeds_the_one_that_the_index_means(self, hub, file, runs):
         publish("me", file=file, runs=runs, log=lambda line: None)
         assert hub.repos.keys() == {f"me/{HALF}"}
-        assert "2 seeds" in (runs / "quickstart_seed1/model/README.md").read_text()
+        assert "seeds 1, 0. The table is of the run with seed 1" in (runs / "quickstart_seed1/model/README.md").read_text()
 
     def test_weights_that_another_processor_made_are_shipped_before_they_are_published(self, hub, file, runs, tmp_path):
         shutil.rmtree(runs / "quickstart_seed1")
