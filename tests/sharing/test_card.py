@@ -62,6 +62,16 @@ def test_front_matter(written):
     }
 
 
+def test_accuracy_on_a_folder_of_images_is_of_so_many(run):
+    """Others' leaderboards would take 250 photos in a folder `imagenet` for ImageNet."""
+    record = read_record(run)
+    data = {**record.recipe["data"], "source": "imagefolder:photos/imagenet"}
+    write_record(run, record.model_copy(update={"recipe": {**record.recipe, "data": data}}))
+    results = ModelCard.load(card.write(run) / "README.md").data.eval_results
+    assert {result.dataset_type for result in results} == {"imagenet"}
+    assert {result.dataset_name for result in results} == {f"imagenet, {record.table[-1].test_images:,} images"}
+
+
 def test_text_has_the_records_numbers(written):
     out, _, text = written
     record = read_record(out)

@@ -81,17 +81,20 @@ def _eval_results(record: Record, about: Mapping[str, Any]) -> list[EvalResult]:
         ("size", "Bytes of model.safetensors", about["size"]),
         ("latency", f"CPU latency, ms, batch {row.batch_size}, {plural(row.threads, 'thread')}", row.latency_ms),
     ]
+    name = dataset(about["data"])
+    # A folder may hold any part of the data set it is called after.
+    part = f", {row.test_images:,} images" if row.test_images and about["data"].startswith("imagefolder:") else ""
     return [
         EvalResult(
             task_type="image-classification",
             task_name="Image Classification",
-            dataset_type=dataset(about["data"]),
-            dataset_name=dataset(about["data"]),
+            dataset_type=name,
+            dataset_name=f"{name}{part}",
             dataset_split="test",
             metric_type=kind,
-            metric_name=name,
+            metric_name=called,
             metric_value=value,
         )
-        for kind, name, value in metrics
+        for kind, called, value in metrics
         if not isinstance(value, float) or math.isfinite(value)
     ]
