@@ -162,10 +162,52 @@ def test_each_width_of_a_slimmable_network_is_trained_alone(tmp_path, kind):
     assert f"Scratch-E ×0.5: top-1 {table['Scratch-E ×0.5'].mean:.2f}%" in text
 
 
+def test_the_networks_that_end_at_the_exits_are_trained_alone(tmp_path):
+    """And the whole as if it had none. Where samples leave by themselves is no structure."""
+    method = "  - train: {epochs: 2, lr: 3e-3, method: {exits: {exits: 2, budget: 0.8}}}\n"
+    path = write(tmp_path, method, SAVE)
+    path.write_text(path.read_text().replace("batch_size: 256}", "batch_size: 256, held_out: 200}"))
+    table = {line.label: line for line in rethink([path], (0,), log=silent)}
+    shared = ["model", "model exit 0", "model exit 1", "model thresholds"]
+    assert list(table) == [*shared, "Scratch-E", "Scratch-E exit 0", "Scratch-E exit 1"]
+    output = tmp_path / "recipe_seed0"
+    for label in ("exit 0", "exit 1"):
+        alone = zc.load(output / f"alone_{label.replace(' ', '_')}" / "model")
+        assert alone.record.truncated
+        assert table[f"Scratch-E {label}"].macs == table[f"model {label}"].macs == zc.analyze(alone).macs()
+    assert len(zc.load(output / "alone/model").exits) == 2
+    stage = load_recipe(output / "alone.yaml").stages[1]
+    assert (stage.epochs, stage.method.train) == (2, "main")
+    text = (card.write(output) / "README.md").read_text()
+    assert "Not measured" not in text
+    assert f"trained without compressing it reaches {table['Scratch-E'].mean:.2f}%" in text
+    assert f"Scratch-E exit 1: top-1 {table['Scratch-E exit 1'].mean:.2f}%" in text
+
+
+def test_a_method_that_changes_no_structure_is_compared_with_training_without_it(tmp_path):
+    method = "  - train: {epochs: 2, lr: 3e-3, method: {binary: {}}}\n"
+    table = {line.label: line for line in rethink([write(tmp_path, method, SAVE)], (0,), log=silent)}
+    assert list(table) == ["model", "Scratch-E", "Scratch-B"]
+    output = tmp_path / "recipe_seed0"
+    binary, scratch = (zc.load(output / folder).layer2[0].conv1.weight for folder in ("model", "scratch_e/model"))
+    assert len(binary.unique()) == 2 < len(scratch.unique())
+    plain = write(tmp_path, method.replace(", method: {binary: {}}", ""), SAVE, name="plain")
+    assert compare([plain], (0,), log=silent)[0].macs == table["Scratch-E"].macs
+    assert f"trained without compressing it reaches {table['Scratch-E'].mean:.2f}%" in (card.write(output) / "README.md").read_text()
+
+
+def test_a_card_says_when_training_followed_compression(tmp_path):
+    path = write(tmp_path, "  - sparsify: {density: 0.3, criterion: snip}\n", TUNE.replace("finetune", "train"), SAVE)
+    compare([path], (0,), log=silent)
+    text = (card.write(tmp_path / "recipe_seed0") / "README.md").read_text()
+    assert "This is one: it was compressed before it was trained" in text
+    assert "Not measured" not in text
+
+
 @pytest.mark.parametrize(
     ("stages", "seeds", "message"),
     [
-        ((TRAIN, SAVE), (0,), "expected a stage that compresses, or trains several widths, found none"),
+        ((TRAIN, SAVE), (0,), "expected a stage that compresses, or trains by a method, found none"),
         ((PRUNE, TUNE, SAVE), (0,), "expected a train stage before the first that compresses"),
         ((TRAIN, PRUNE, TUNE), (0,), "expected a save stage at the end, whose model has the structure to train, found finetune"),
         ((TRAIN, PRUNE, SAVE), (), "seeds: expected one or more different ones, found none"),

@@ -24,7 +24,6 @@ class SlimConfig(MethodConfig):
         round_to: preferred multiple for sizes, as in pruning.
     """
 
-    elastic = True
     kind: Literal["slim"] = "slim"
     widths: Annotated[tuple[float, ...], Field(min_length=1, strict=False)] = WIDTHS
     round_to: Count = 8

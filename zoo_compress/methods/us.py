@@ -29,7 +29,6 @@ class UsConfig(MethodConfig):
         round_to: preferred multiple for sizes, as in pruning.
     """
 
-    elastic = True
     kind: Literal["us"] = "us"
     widths: Annotated[tuple[float, ...], Field(min_length=2, strict=False)] = WIDTHS
     samples: Annotated[int, Field(ge=2)] = 4

@@ -22,7 +22,7 @@ from ..plugin.weights import WEIGHTS
 from ..record import RECORD_NAME, Record, Row, plural, read_record
 from ..structure.layout import Layout
 from ..surgery.elastic import Elastic
-from ..surgery.origin import variant_of
+from ..surgery.origin import packed_of, variant_of
 from ..surgery.trace import analyze, default_input
 from ..training.checkpoint import write_atomic
 from . import picture
@@ -41,6 +41,10 @@ _TEMPLATE = Path(__file__).with_name("card_template.md")
 _STRUCTURE = (
     "the same structure trained from scratch, for as many epochs (Scratch-E) or with as much compute (Scratch-B; Liu et al. 2019, "
     "Rethinking the Value of Network Pruning)"
+)
+_FROM_SCRATCH = (
+    "This is one: it was compressed before it was trained, from random weights, so that nothing but the choice of what to remove came "
+    "before. What another choice of as much reaches was not measured."
 )
 _UNMEASURED = (
     "Not measured: {what}. Without {it} this card does not say whether compression gained anything over training {small} right away."
@@ -151,7 +155,7 @@ def render(subject: Subject, picture_name: str | None = None) -> str:
         results=_results(subject, about),
         rows=[_cells(row, record.table[0], about, subject.others) for row in (*record.table, *record.baselines)] if record else [],
         measured=_measured(record) if record else "",
-        baselines=_baselines(subject),
+        baselines=_baselines(subject, about),
         made=_made(record),
         recipe=to_yaml(recipe_of(record.recipe)) if record else "",
         facts=_facts(record) if record else [],
@@ -187,8 +191,13 @@ def before(record: Record) -> Row | None:
     """The row of the model that a run compressed; None if there is none, because training came only with or after compressing."""
     recipe = recipe_of(record.recipe)
     dense = uncompressed(make_plan(recipe))
-    trained = dense is not None and (dense.action != "create" or recipe.model.pretrained)
-    return record.table[0] if trained else None
+    return record.table[0] if dense is not None and (dense.action != "create" or recipe.model.pretrained) else None
+
+
+def _compressed_first(record: Record) -> bool:
+    """Whether a run compressed the model as it was created, and trained what that left."""
+    dense = uncompressed(make_plan(recipe_of(record.recipe)))
+    return dense is not None and dense.action == "create" and any(step.epochs for step in record.steps)
 
 
 def start_layout(record: Record, model: nn.Module) -> Layout:
@@ -244,10 +253,12 @@ def _results(subject: Subject, about: Mapping[str, Any]) -> str:
     base = ""
     if before(record) is None and variant_of(subject.model) is not None:
         start = start_layout(record, subject.model)
-        base = (
-            f" What training began with has {start.num_params():,} parameters and {start.macs():,} MACs; how it does when it is "
-            "trained without compressing was not measured."
-        )
+        base = f" What training began with has {start.num_params():,} parameters and {start.macs():,} MACs"
+        whole = [row for row in record.baselines if row.params >= start.num_params() and row.macs >= start.macs()]
+        if whole and not any(packing.mask for packing in packed_of(subject.model).values()):
+            base += f"; trained without compressing it reaches {whole[0].top1:.2f}%."
+        else:
+            base += "; how it does when it is trained without compressing was not measured."
     if not subject.others:
         return f"{text}, one run with seed {record.seed}. How much another seed changes was not measured.{base}"
     top1 = [run.table[-1].top1 for run in (record, *subject.others)]
@@ -288,8 +299,10 @@ def _measured(record: Record) -> str:
     return f"Latency: batch {first.batch_size}, {plural(first.threads, 'thread')}, {where.get('processor')}, {where.get('system')}."
 
 
-def _baselines(subject: Subject) -> str:
+def _baselines(subject: Subject, about: Mapping[str, Any]) -> str:
     if subject.record is None or not subject.record.baselines:
+        if subject.record and about["scratch"] and _compressed_first(subject.record):
+            return _FROM_SCRATCH
         variant = variant_of(subject.model)
         if variant is not None and variant.bank is not None:
             return _UNMEASURED.format(what="each width trained alone", it="that", small="networks of these widths")

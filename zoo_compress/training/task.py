@@ -26,7 +26,6 @@ class MethodConfig(Config):
         inner: others may train the same network around it.
         changes: `finish` gives a model that computes something else, if only by rounding, than the network that was evaluated.
         compresses: the model that `finish` gives is a smaller one than that which was to be trained.
-        elastic: what it trains runs at several widths from then on.
         kind: name of the method.
         calibration_batches: training batches to find statistics of normalisation with.
     """
@@ -34,7 +33,6 @@ class MethodConfig(Config):
     inner: ClassVar[bool] = False
     changes: ClassVar[bool] = False
     compresses: ClassVar[bool] = False
-    elastic: ClassVar[bool] = False
     kind: str
     calibration_batches: Count = 16
 
