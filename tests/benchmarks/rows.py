@@ -16,11 +16,35 @@ from typing import Any
 import timm
 import torch
 from timm.models import _registry
+from torch import nn
 
+import zoo_compress as zc
 from zoo_compress.plugin.skip_init import skip_init
+from zoo_compress.surgery.verify import flat
 
 Steps = Callable[..., Iterator[tuple[str, str]]]
 """Does one thing after the other, yielding (column, value)."""
+
+
+def drawn(name: str) -> tuple[nn.Module, torch.Tensor]:
+    """An architecture of timm with a classifier and random weights, in eval mode, and two images for it."""
+    torch.manual_seed(0)
+    model = timm.create_model(name)
+    model = (model if getattr(model, "num_classes", 0) else timm.create_model(name, num_classes=1000)).eval()
+    for module in model.modules():  # fresh statistics and scales would hide mistakes
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            nn.init.normal_(module.running_mean, std=0.1)
+    return model, torch.randn(2, *model.pretrained_cfg["input_size"])
+
+
+def reloads(model: nn.Module, image: torch.Tensor, folder: str) -> str:
+    """Whether a model that is saved and created again by plain timm gives the same outputs to the bit: yes or no."""
+    zc.save(model, folder)
+    again = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    with torch.no_grad():
+        return "yes" if torch.equal(flat(again.eval()(image)), flat(model.eval()(image))) else "no"
 
 
 def attempt(steps: Steps, args: Sequence[Any], limit: float, *, stop: str | None = None) -> dict[str, str]:
