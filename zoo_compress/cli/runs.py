@@ -76,8 +76,8 @@ def rethink(recipes: tuple[Path, ...], seeds: tuple[int, ...]) -> None:
     """Run recipes, then train what they end with from scratch, and print both with mean and spread of accuracy.
 
     Scratch-E trains for as many epochs as the recipe trained before it compressed, Scratch-B with as much compute (Liu et al. 2019). Of a
-    network of several widths or exits, Scratch-E trains each alone. Model cards of the runs show them from then on. What several recipes train in
-    the same way before they compress it is trained once.
+    network of several widths or exits, Scratch-E trains each alone. Model cards of the runs show them from then on. What several recipes
+    train in the same way before they compress it is trained once.
     """
     from ..compare import format_lines
     from ..rethink import rethink as run_all
