@@ -153,7 +153,7 @@ def render(subject: Subject, picture_name: str | None = None) -> str:
         name=subject.name,
         usage=_usage(subject.model),
         results=_results(subject, about),
-        rows=[_cells(row, record.table[0], about, subject.others) for row in (*record.table, *record.baselines)] if record else [],
+        rows=_table(record, about, subject.others) if record else [],
         measured=_measured(record) if record else "",
         baselines=_baselines(subject, about),
         made=_made(record),
@@ -269,7 +269,13 @@ def _results(subject: Subject, about: Mapping[str, Any]) -> str:
     )
 
 
-def _cells(row: Row, first: Row, about: Mapping[str, Any], others: Sequence[Record] = ()) -> list[str]:
+def _table(record: Record, about: Mapping[str, Any], others: Sequence[Record]) -> list[list[str]]:
+    # A baseline has the time of what it is the structure of; its own may have been measured elsewhere, on another day.
+    rows = [*((row, True) for row in record.table), *((row, False) for row in record.baselines)]
+    return [_cells(row, record.table[0], about, others, timed=timed) for row, timed in rows]
+
+
+def _cells(row: Row, first: Row, about: Mapping[str, Any], others: Sequence[Record], *, timed: bool) -> list[str]:
     share = "" if row is first else f" ({row.macs / first.macs:.1%})"
     # Records of earlier versions know memory alone, which for one of their models is a file as well: the one that is here.
     stored = about["size"] if row.label == "reloaded" else row.file_bytes
@@ -281,7 +287,7 @@ def _cells(row: Row, first: Row, about: Mapping[str, Any], others: Sequence[Reco
         f"{row.macs:,}{share}",
         size,
         f"{row.top1:.2f}%{f' ({statistics.mean(top1):.2f} ± {statistics.stdev(top1):.2f})' if len(top1) > 1 else ''}",
-        f"{row.latency_ms:.2f} ± {row.latency_iqr_ms / 2:.2f}",
+        f"{row.latency_ms:.2f} ± {row.latency_iqr_ms / 2:.2f}" if timed else "–",
     ]
 
 
