@@ -1,8 +1,13 @@
 """The record: written whole, read back, and never mistaken for another file."""
 
+import json
+import re
+import shutil
+from pathlib import Path
+
 import pytest
 
-from zoo_compress.errors import RecipeError
+from zoo_compress.errors import CompressError, RecipeError
 from zoo_compress.record import (
     RECORD_NAME,
     Epoch,
@@ -15,6 +20,11 @@ from zoo_compress.record import (
     versions,
     write_record,
 )
+from zoo_compress.runner import run
+from zoo_compress.sharing import card
+from zoo_compress.zoo import index
+
+ROOT = Path(__file__).parent.parent
 
 EPOCH = Epoch(train_loss=0.1, lr=1e-3, loss=float("inf"), top1=50.0, top5=100.0, seconds=1.5)
 
@@ -69,3 +79,61 @@ def test_table_is_aligned():
     assert "50 (50.0%)" in lines[2]
     assert "123.46 ± 0.10" in lines[2]
     assert "batch 1, 2 threads" in lines[0]
+
+
+class TestTampered:
+    """Anyone may have written a record: one that points outside its folder, or says what none of ours says, is refused."""
+
+    @pytest.fixture
+    def made(self, tmp_path):
+        """A finished run's output folder."""
+        out = tmp_path / "runs/out"
+        source = index.find("test_resnet__pruned.digits_half").folder
+        shutil.copytree(source, out / "model", ignore=shutil.ignore_patterns("results.json"))
+        shutil.copyfile(source / "results.json", out / "results.json")
+        return out
+
+    @pytest.mark.parametrize(
+        ("key", "value", "message"),
+        [
+            ("steps.0.name", "../../victim", "steps.0.name: String should match pattern"),
+            ("steps.0.name", "/victim", "steps.0.name: String should match pattern"),
+            ("steps.1.checkpoint", "steps/../../victim", "expected the checkpoint steps/01_train or none"),
+            ("steps.0.checkpoint", None, "expected a first step that made a model"),
+            ("steps.5.metrics.to", "../other", "expected a folder below the output folder"),
+            ("steps.5.metrics.to", "/other", "expected a folder below the output folder"),
+            ("steps.5.metrics.to", None, "Input should be a valid string"),
+            ("table.0.macs", 0, "table.0.macs: Input should be greater than or equal to 1"),
+            ("machine.threads", "x", "expected a number of threads, found 'x'"),
+            ("recipe.newer", 1, "newer: expected no such key"),
+            ("recipe.data", {}, "data.source: expected a value, found none"),
+            ("recipe.model", "x", "model: expected"),
+            ("recipe.stages", [], "stages: expected"),
+            ("recipe.stages", 5, "expected stages, each with its kind and settings"),
+            ("recipe.stages.0", {}, "expected stages, each with its kind and settings"),
+            ("recipe", {}, "expected stages, each with its kind and settings"),
+        ],
+    )
+    def test_is_refused_in_one_line(self, made, key, value, message):
+        content = json.loads((made / "results.json").read_text())
+        *path, last = (int(part) if part.isdigit() else part for part in key.split("."))
+        inner = content
+        for part in path:
+            inner = inner[part]
+        inner[last] = value
+        (made / "results.json").write_text(json.dumps(content))
+        before = sorted(made.parent.parent.rglob("*"))
+        with pytest.raises(CompressError, match=re.escape(message)) as caught:
+            card.write(made)
+        assert str(made / "results.json") in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert sorted(made.parent.parent.rglob("*")) == before
+
+    def test_steps_of_another_recipe_are_not_gone_on_from(self, made, tmp_path):
+        """What a run clears away is named in its record."""
+        content = json.loads((made / "results.json").read_text())
+        content["status"], content["steps"] = "running", [{**content["steps"][0], "name": "07_create", "checkpoint": "steps/07_create"}]
+        (made / "results.json").write_text(json.dumps(content))
+        (tmp_path / "quickstart.yaml").write_text((ROOT / "recipes/quickstart.yaml").read_text().replace("runs/quickstart", str(made)))
+        with pytest.raises(RecipeError, match=r"expected the steps of its recipe, found 07_create; use --fresh to start over"):
+            run(tmp_path / "quickstart.yaml")

@@ -18,7 +18,7 @@ from .plugin.weights import WEIGHTS
 from .profiling.measure import measure_many
 from .profiling.settings import ways
 from .recipe import Recipe, SaveStage, methods_of
-from .record import Record, Row, StepRecord
+from .record import STEPS_FOLDER, Record, Row, StepRecord
 from .training.checkpoint import whole_folder
 from .training.config import FinetuneConfig, TrainConfig
 from .training.data import calibration_batches, check_fits, eval_loader, held_out_batches, train_loader
@@ -27,7 +27,6 @@ from .training.loop import Epoch, Phase, evaluate, fit, reseed
 from .training.sources import Source, default_pretrained_cfg, open_source
 from .training.task import ChangeConfig, nested
 
-STEPS_FOLDER = "steps"
 STATE_NAME = "training.safetensors"
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import re
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
@@ -24,7 +24,7 @@ from .errors import RecipeError
 from .methods import Changed, Trained
 from .structure.budget import KINDS
 from .surgery.origin import for_training
-from .training.config import Config, Count, DataConfig, FinetuneConfig, Positive, TrainConfig, one_line
+from .training.config import Config, Count, DataConfig, FinetuneConfig, OwnFolder, Positive, TrainConfig, one_line
 from .training.task import ChangeConfig, nested
 
 REMOVED_PER_ROUND = 0.1
@@ -221,13 +221,6 @@ class EvaluateStage(Config):
     kind: Literal["evaluate"]
 
 
-def _inside(path: str) -> str:
-    parts = PurePosixPath(path).parts
-    if not parts or PurePosixPath(path).is_absolute() or ".." in parts or parts[0] in ("steps", "results.json") or parts[0].startswith("."):
-        raise ValueError("expected a folder below the output folder, other than steps/")
-    return path
-
-
 class SaveStage(Config):
     """Save the model for `timm.create_model("local-dir:…", pretrained=True)`.
 
@@ -236,7 +229,7 @@ class SaveStage(Config):
     """
 
     kind: Literal["save"]
-    to: Annotated[str, AfterValidator(_inside)] = "model"
+    to: OwnFolder = "model"
 
 
 def _tag(stage: Any) -> Any:

@@ -4,16 +4,20 @@ import importlib.metadata
 import platform
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, JsonValue, ValidationError
+from pydantic import ConfigDict, Field, JsonValue, StringConstraints, TypeAdapter, ValidationError, field_validator, model_validator
 
 from .errors import RecipeError
 from .training.checkpoint import write_atomic
-from .training.config import Config
+from .training.config import Config, Count, OwnFolder
 from .training.loop import Epoch
 
 RECORD_NAME = "results.json"
+STEPS_FOLDER = "steps"
+"""Below the output folder: the models that steps made, until nothing needs them any more."""
+
+_SAVED: TypeAdapter[str] = TypeAdapter(OwnFolder)
 
 
 class Entry(Config):
@@ -34,12 +38,20 @@ class StepRecord(Entry):
         seconds: wall time, over all processes that worked on it one after another.
     """
 
-    name: str
+    name: Annotated[str, StringConstraints(pattern=r"^[0-9]{2,}_[a-z_]+$")]
     kind: str
     checkpoint: str | None = None
     metrics: dict[str, JsonValue] = Field(default_factory=dict)
     epochs: tuple[Epoch, ...] = ()
     seconds: float
+
+    @model_validator(mode="after")
+    def _below(self) -> "StepRecord":
+        if self.checkpoint not in (None, f"{STEPS_FOLDER}/{self.name}"):
+            raise ValueError(f"expected the checkpoint {STEPS_FOLDER}/{self.name} or none, found {self.checkpoint!r}")
+        if self.kind == "save":
+            _SAVED.validate_python(self.metrics.get("to"))
+        return self
 
 
 class Row(Entry):
@@ -61,8 +73,8 @@ class Row(Entry):
     """
 
     label: str
-    params: int
-    macs: int
+    params: Count
+    macs: Count
     top1: float
     latency_ms: float
     latency_iqr_ms: float
@@ -90,6 +102,20 @@ class Record(Entry):
     steps: tuple[StepRecord, ...] = ()
     table: tuple[Row, ...] = ()
     baselines: tuple[Row, ...] = ()
+
+    @field_validator("steps")
+    @classmethod
+    def _begin_with_a_model(cls, steps: tuple[StepRecord, ...]) -> tuple[StepRecord, ...]:
+        if steps and steps[0].checkpoint is None:
+            raise ValueError("expected a first step that made a model")
+        return steps
+
+    @field_validator("machine")
+    @classmethod
+    def _counts(cls, machine: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        if not isinstance(machine.get("threads", 1), int):
+            raise ValueError(f"expected a number of threads, found {machine['threads']!r}")
+        return machine
 
     def step(self, name: str) -> StepRecord:
         """The finished step of that name."""

@@ -13,7 +13,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 from tqdm import tqdm
 
 import zoo_compress as zc
@@ -108,6 +107,11 @@ def _earlier(path: str | Path, recipe: Recipe, output: Path, processes: Processe
         raise RecipeError(
             f"{path}: expected to go on with {record.world_size} processes, found {processes.world_size}; use --fresh to start over"
         )
+    if [done.name for done in record.steps] != [step.name for step in make_plan(recipe)][: len(record.steps)]:
+        raise RecipeError(
+            f"{output / RECORD_NAME}: expected the steps of its recipe, found {', '.join(done.name for done in record.steps)}; use --fresh "
+            "to start over"
+        )
     return record if record.steps else None
 
 
@@ -134,7 +138,7 @@ def _shared(run: Run, folder: Path) -> tuple[StepRecord, ...]:
         return ()
     try:
         other = recipe_of(record.recipe)
-    except ValidationError:
+    except RecipeError:
         return ()  # of another version
     if (other.model, other.data, other.seed, other.device) != (run.recipe.model, run.recipe.data, run.recipe.seed, run.recipe.device):
         return ()

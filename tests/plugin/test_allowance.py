@@ -1,9 +1,12 @@
 """What a file may ask for: real models stay far below it, and what is refused was not allocated."""
 
+import json
+
 import pytest
 import timm
 import torch
 
+import zoo_compress as zc
 from zoo_compress.errors import VariantError
 from zoo_compress.plugin import allowance as module
 from zoo_compress.plugin.allowance import allowance
@@ -64,3 +67,17 @@ def test_ordinary_calls_pass():
         assert torch.full([2], 3).tolist() == [3, 3]
         assert torch.randint(0, 3, size=(2,)).shape == (2,)
         assert torch.zeros(()).shape == ()
+
+
+def test_a_record_from_a_file_is_bounded_without_weights_too(tmp_path):
+    """timm's default asks for none; then the architecture as timm makes it says what is in proportion."""
+    zc.save(zc.prune(timm.create_model("test_resnet"), macs=0.7), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model_args"]["variant"].update(base_args={"channels": [1000, 2000, 3000, 4000]}, sizes={}, params={}, attributes={})
+    assert timm.create_model(f"local-dir:{tmp_path}").num_classes == 1000
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(VariantError, match="test_resnet: its record asks for a model out of all proportion"):
+        timm.create_model(f"local-dir:{tmp_path}")
+    (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text().replace("1000, 2000", f"{'1' * 5000}, 2000"))
+    with pytest.raises(VariantError, match="expected JSON that timm or zoo_compress wrote: Exceeds the limit"):
+        timm.create_model(f"local-dir:{tmp_path}")

@@ -8,6 +8,7 @@ import torch
 
 import zoo_compress as zc
 from zoo_compress.errors import CompressError
+from zoo_compress.sharing.card import plain
 
 NAME = "test_resnet__exits"
 SIZE = {"pretrained_cfg_overlay": {"input_size": (3, 64, 64)}}
@@ -161,3 +162,11 @@ def test_a_record_that_does_not_fit_is_refused(net, tmp_path, change, said):
     with pytest.raises(CompressError, match=said) as error:
         timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     assert "\n" not in str(error.value)
+
+
+def test_a_network_that_ends_at_an_exit_gives_no_features(tmp_path):
+    short = zc.add_exits(timm.create_model("test_resnet", num_classes=10), 2).export(0)
+    zc.save(short, tmp_path)
+    with pytest.raises(zc.VariantError, match="ends at an early exit: expected no features_only=True"):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True, features_only=True)
+    assert "features_only" not in plain(short, tmp_path, "me/short")

@@ -80,6 +80,7 @@ def _opened(name: str, source: str | None, root: str | None) -> "tuple[nn.Module
     """A network, and the data it is about: that of the recipe, or what the user says."""
     from ..record import read_record
     from ..sharing.push import model_folder
+    from ..sharing.recipe_text import recipe_of
     from ..training.config import DataConfig
     from .common import load_model
 
@@ -89,11 +90,5 @@ def _opened(name: str, source: str | None, root: str | None) -> "tuple[nn.Module
         return net, DataConfig(source=source, root=root)
     if record is None:
         raise CompressError(f"{name}: expected --data, or the output folder of a recipe, which knows its data; found no record there")
-    data = DataConfig.model_validate_json(_json(record.recipe["data"]))
+    data = recipe_of(record.recipe).data
     return net, data if root is None else data.model_copy(update={"root": root})
-
-
-def _json(value: object) -> str:
-    import json
-
-    return json.dumps(value)

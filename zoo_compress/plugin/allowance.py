@@ -14,6 +14,8 @@ from ..errors import VariantError
 # A base is larger than what was pruned from it: keeping a tenth of both sides of every matrix leaves a hundredth.
 ELEMENTS_PER_ELEMENT = 1000
 CALLS_PER_TENSOR = 20
+ELEMENTS_PER_BASE = 16
+"""Without weights: what a record may ask for, against the architecture as timm makes it. Twice the width and depth is eight times."""
 # What any model may take: no machine feels 64 MiB or a second.
 FREE_ELEMENTS = 2**24
 FREE_CALLS = 1000
@@ -22,9 +24,9 @@ _SIZED = frozenset({"empty", "zeros", "ones", "rand", "randn", "full", "empty_st
 _RANGES = frozenset({"arange", "linspace", "logspace"})
 
 
-def allowed(state: Mapping[str, Tensor]) -> int:
+def allowed(state: Mapping[str, Tensor], per_element: int = ELEMENTS_PER_ELEMENT) -> int:
     """Elements that a model with such a checkpoint may have."""
-    return FREE_ELEMENTS + ELEMENTS_PER_ELEMENT * sum(tensor.numel() for tensor in state.values())
+    return FREE_ELEMENTS + per_element * sum(tensor.numel() for tensor in state.values())
 
 
 class allowance(TorchFunctionMode):
@@ -33,14 +35,16 @@ class allowance(TorchFunctionMode):
     Args:
         state: The checkpoint's tensors.
         where: Where they come from, for the message.
+        per_element: How many elements there may be for each of theirs.
 
     Raises:
         VariantError: Within the context, before the allocation.
     """
 
-    def __init__(self, state: Mapping[str, Tensor], where: str) -> None:
+    def __init__(self, state: Mapping[str, Tensor], where: str, per_element: int = ELEMENTS_PER_ELEMENT) -> None:
         super().__init__()
-        self._elements = allowed(state)
+        self._per_element = per_element
+        self._elements = allowed(state, per_element)
         self._calls = FREE_CALLS + CALLS_PER_TENSOR * len(state)
         self._where = where
 
@@ -52,7 +56,7 @@ class allowance(TorchFunctionMode):
             if self._elements < 0 or self._calls < 0:
                 raise VariantError(
                     f"{self._where}: its record asks for a model out of all proportion to its weights; expected at most "
-                    f"{ELEMENTS_PER_ELEMENT} times their size"
+                    f"{self._per_element} times their size"
                 )
         return func(*args, **(kwargs or {}))
 

@@ -15,7 +15,7 @@ OPTIONS = ("exclude",)
 """Arguments of `zoo_compress.quantize` beside the kind."""
 
 
-def create(base: str, **kwargs: Any) -> nn.Module:
+def create(base: str, /, **kwargs: Any) -> nn.Module:
     """Create a binary model; what the entrypoint of `<base>__binary` does.
 
     Args:
@@ -30,7 +30,7 @@ def create(base: str, **kwargs: Any) -> nn.Module:
     return create_kind("binary", base, **kwargs)
 
 
-def create_kind(kind: str, base: str, **kwargs: Any) -> nn.Module:
+def create_kind(kind: str, base: str, /, **kwargs: Any) -> nn.Module:
     """The same for a kind of `methods.binary`."""
     return answer(partial(_create, kind), base, kind, **kwargs)
 

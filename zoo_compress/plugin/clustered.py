@@ -15,7 +15,7 @@ OPTIONS = ("bits", "exclude")
 """Arguments of `zoo_compress.cluster`."""
 
 
-def create(base: str, **kwargs: Any) -> nn.Module:
+def create(base: str, /, **kwargs: Any) -> nn.Module:
     """Create a model with shared weights; what the entrypoint of `<base>__clustered` does.
 
     Args:

@@ -15,7 +15,7 @@ OPTIONS = ("exits", "grid")
 """Arguments of `zoo_compress.add_exits`."""
 
 
-def create(base: str, **kwargs: Any) -> nn.Module:
+def create(base: str, /, **kwargs: Any) -> nn.Module:
     """Create a model with early exits; what the entrypoint of `<base>__exits` does.
 
     Args:

@@ -19,10 +19,13 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from ..errors import CompressError, VariantError
-from ..structure.variant import OPTIONS
+from ..structure.variant import OPTIONS, Variant
+from ..surgery import factors
 from ..surgery.elastic import Elastic
+from ..surgery.modules import classifiers
 from ..surgery.origin import packed_of, variant_of
 from ..surgery.packing import assignments, pack_state
+from ..surgery.restore import present
 from .weights import CONFIG, DIGEST, TIED, WEIGHTS, digest
 
 _logger = logging.getLogger(__name__)
@@ -174,12 +177,28 @@ def _config(model: nn.Module, weights_digest: str, tied: Mapping[str, str], scra
     save_config_for_hf(model, str(scratch))
     config = json.loads(scratch.read_text())
     args = config.get("model_args", {})
-    if "variant" in args:
-        config["model_args"] = {key: value for key, value in args.items() if key == "variant" or key not in OPTIONS}
+    variant = variant_of(model)
+    if variant is not None:
+        kept = {key: value for key, value in args.items() if key not in OPTIONS}
+        config["model_args"] = {**kept, "variant": _as_it_is(model, variant).to_dict()}
     config[DIGEST] = weights_digest
     if tied:
         config[TIED] = tied
     return json.dumps(config, indent=2)
+
+
+def _as_it_is(model: nn.Module, variant: Variant) -> Variant:
+    """What a record says of the model now, whose classifier may have been taken away or made anew since."""
+    live = present(model, variant).model_copy(update={"factors": factors.present(model, variant.factors)})
+    if not live.sizes:
+        return live
+    heads = classifiers(model, model.pretrained_cfg.get("classifier"))  # type: ignore[union-attr, operator]
+    new = {
+        name: (None, *map(str, weight.shape[1:]))
+        for name, weight in heads.items()
+        if name not in live.params or live.shape(name, weight.shape) != weight.shape
+    }
+    return live.model_copy(update={"params": {**live.params, **new}})
 
 
 def _flush(path: Path) -> None:

@@ -16,7 +16,7 @@ OPTIONS = (*BUDGETS, "scheme", "scope", "round_to", "exclude", "seed")
 """Arguments of `zoo_compress.factorize` that are JSON values."""
 
 
-def create(base: str, **kwargs: Any) -> nn.Module:
+def create(base: str, /, **kwargs: Any) -> nn.Module:
     """Create a model with factorised layers; what the entrypoint of `<base>__lowrank` does.
 
     Args:

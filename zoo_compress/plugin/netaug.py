@@ -15,7 +15,7 @@ OPTIONS = ("r", "s")
 """Arguments of `zoo_compress.netaug`."""
 
 
-def create(base: str, **kwargs: Any) -> nn.Module:
+def create(base: str, /, **kwargs: Any) -> nn.Module:
     """Create an augmented network; what the entrypoint of `<base>__netaug` does.
 
     Args:

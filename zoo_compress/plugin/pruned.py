@@ -16,7 +16,7 @@ OPTIONS = (*KINDS, "criterion", "scope", "round_to", "min_keep", "exclude", "see
 """Arguments of `zoo_compress.prune` that are JSON values."""
 
 
-def create(base: str, **kwargs: Any) -> nn.Module:
+def create(base: str, /, **kwargs: Any) -> nn.Module:
     """Create a pruned model; what the entrypoint of `<base>__pruned` does.
 
     Args:

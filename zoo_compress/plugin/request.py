@@ -19,13 +19,14 @@ from ..methods.exiting import attach_exits_
 from ..structure.variant import OPTIONS, Variant
 from ..surgery import blocks, factors
 from ..surgery.masks import mask_
+from ..surgery.modules import classifiers
 from ..surgery.origin import origin
 from ..surgery.packing import unpack_state
 from ..surgery.restore import check, present, restore_
 from ..surgery.rows import Boundary
 from ..zoo import index
 from . import weights
-from .allowance import allowance, allowed
+from .allowance import ELEMENTS_PER_BASE, allowance, allowed
 from .builder import Built, build
 from .skip_init import skip_init
 
@@ -133,7 +134,7 @@ class Request:
         """The model of a record, with its weights if weights are asked for, and those of them that are no base model's."""
         private: State = {}
         load: Callable[[Built], None] = _keep
-        limit: AbstractContextManager = nullcontext()
+        limit = self._proportion() if self.from_file and not self.pretrained else nullcontext()
         if self.pretrained:
             stored = weights.read(self.cfg, self.cache_dir)
             where = stored.where
@@ -149,6 +150,15 @@ class Request:
         source_args = {**variant.base_args, **{key: value for key, value in self.saved.items() if key not in OPTIONS}}
         with limit, skip_init() if self.pretrained and whole else nullcontext():
             return restored(variant, self.cfg, load, source_args, args), private
+
+    def _proportion(self) -> AbstractContextManager:
+        """What a record from a file may ask for where no weights are asked for, to whose size it could be compared."""
+        try:
+            with torch.device("meta"), skip_init():
+                base = model_entrypoint(self.base)(pretrained=False)
+        except (RuntimeError, NotImplementedError):  # few cannot be built without data
+            return nullcontext()
+        return allowance(base.state_dict(), f"{self.name}, as timm makes {self.base}", ELEMENTS_PER_BASE)
 
     def _check_classes(self, state: State, where: str) -> None:
         for name in self.cfg.classifier if isinstance(self.cfg.classifier, (tuple, list)) else [self.cfg.classifier]:
@@ -180,7 +190,7 @@ PRIVATE = "private."
 """How the names of tensors begin that single widths of an elastic network have of their own."""
 
 
-def answer(create: Callable[[Request], nn.Module], base: str, kind: str, **kwargs: Any) -> nn.Module:
+def answer(create: Callable[[Request], nn.Module], base: str, kind: str, /, **kwargs: Any) -> nn.Module:
     """Sort the arguments of an entrypoint, and let one kind of error out of it.
 
     Args:
@@ -204,6 +214,7 @@ def answer(create: Callable[[Request], nn.Module], base: str, kind: str, **kwarg
 def _sorted(
     base: str,
     name: str,
+    /,
     *,
     pretrained: bool = False,
     pretrained_cfg: str | dict[str, Any] | PretrainedCfg | None = None,
@@ -272,6 +283,10 @@ def restored(
     def between(built: Built) -> None:
         removed, two = blocks.present(built.model, variant.removed), factors.present(built.model, variant.factors)
         factors.replace_(blocks.skip_(built.model, removed), two)
+        if variant.exits and variant.exits.truncated and args.get("features_only"):
+            raise VariantError(
+                f"{variant.architecture}: it ends at an early exit: expected no features_only=True, found it"
+            )
         if variant.exits and not args.get("features_only"):
             attach_exits_(built.model, variant.exits, boundaries)
         fitting = present(built.model, variant)
@@ -281,6 +296,8 @@ def restored(
             factors.replace_(whole, variant.factors)
             check(attach_exits_(whole, variant.exits) if variant.exits else whole, variant)
         restore_(built.model, fitting)
+        if built.num_classes and not args.get("features_only") and _needs_head(built.model, entrypoint, cfg, source_args, args):
+            built.model.reset_classifier(built.num_classes, *filter(None, [args.get("global_pool")]))  # type: ignore[operator]
         for name in fitting.packed:  # random weights are whole, even where they begin as zero
             weight = built.model.get_parameter(name)
             mask_(weight, torch.ones_like(weight, dtype=torch.bool))
@@ -289,6 +306,20 @@ def restored(
     model = build(entrypoint, replace(cfg, state_dict=None), between, **args)
     model._model_args = {"variant": variant.to_dict()}  # type: ignore[assignment]
     return model
+
+
+def _needs_head(
+    model: nn.Module, entrypoint: Callable[..., nn.Module], cfg: PretrainedCfg, source_args: dict[str, Any], args: dict[str, Any]
+) -> bool:
+    """Whether the classifier that the base was built with is none of the recorded model's: that has none, or one of another pooling."""
+    if not cfg.num_classes:
+        return True
+    if args.get("global_pool") == source_args.get("global_pool"):
+        return False
+    with torch.device("meta"), skip_init():
+        asked, recorded = (entrypoint(pretrained=False, **each) for each in (args, source_args))
+    shapes = [{name: weight.shape[1:] for name, weight in classifiers(model, cfg.classifier).items()} for model in (asked, recorded)]
+    return shapes[0] != shapes[1]
 
 
 def _keep(built: Built) -> None:

@@ -14,7 +14,7 @@ OPTIONS = ("macs", "params", "multiplier", "exclude", "seed")
 """Arguments of `zoo_compress.separate` that are JSON values."""
 
 
-def create(base: str, **kwargs: Any) -> nn.Module:
+def create(base: str, /, **kwargs: Any) -> nn.Module:
     """Create a model with separable convolutions; what the entrypoint of `<base>__separable` does.
 
     Args:

@@ -19,7 +19,7 @@ OPTIONS = ("widths", "universal", "round_to")
 """Arguments of `zoo_compress.slim`; `exits` is that of `add_exits`."""
 
 
-def create(base: str, **kwargs: Any) -> nn.Module:
+def create(base: str, /, **kwargs: Any) -> nn.Module:
     """Create a slimmable network; what the entrypoint of `<base>__slim` does.
 
     Args:

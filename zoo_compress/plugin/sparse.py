@@ -15,7 +15,7 @@ OPTIONS = ("density", "pattern", "scope", "criterion", "exclude", "seed")
 """Arguments of `zoo_compress.sparsify` that are JSON values."""
 
 
-def create(base: str, **kwargs: Any) -> nn.Module:
+def create(base: str, /, **kwargs: Any) -> nn.Module:
     """Create a sparse model; what the entrypoint of `<base>__sparse` does.
 
     Args:

@@ -11,6 +11,6 @@ from .binary import create_kind
 __all__ = ["create"]
 
 
-def create(base: str, **kwargs: Any) -> nn.Module:
+def create(base: str, /, **kwargs: Any) -> nn.Module:
     """Create a ternary model; what the entrypoint of `<base>__ternary` does. Arguments and errors are those of `binary.create`."""
     return create_kind("ternary", base, **kwargs)

@@ -15,7 +15,7 @@ from timm.models import parse_model_name
 from torch import nn
 
 from ..actions import create
-from ..errors import CompressError
+from ..errors import CompressError, RecipeError
 from ..plan import make_plan, uncompressed
 from ..plugin.hub import load
 from ..plugin.weights import WEIGHTS
@@ -184,6 +184,10 @@ def finished(directory: Path) -> Record:
         raise CompressError(f"{directory}: expected the output folder of a run, found no {RECORD_NAME}")
     if record.status != "finished" or not record.table:
         raise CompressError(f"{directory}: expected a finished run, found one that is not; run its recipe again, it goes on")
+    try:
+        recipe_of(record.recipe)
+    except RecipeError as error:
+        raise RecipeError(f"{directory / RECORD_NAME}: {error}") from error
     return record
 
 
@@ -297,7 +301,8 @@ def _usage(model: nn.Module) -> str:
         return "`model.set_width(0.5)` chooses a width, `model.export(0.5)` gives an ordinary timm model of it."
     if variant is not None and variant.exits is not None and not variant.exits.truncated:
         return "`model.infer(images, exit=0)` stops at an exit, `model.infer(images, threshold=0.9)` where a sample is sure enough."
-    return "The model is an ordinary timm model: `features_only=True`, `num_classes=` and `in_chans=` work."
+    features = "" if variant is not None and variant.exits is not None else "`features_only=True`, "
+    return f"The model is an ordinary timm model: {features}`num_classes=` and `in_chans=` work."
 
 
 def _measured(record: Record) -> str:

@@ -9,17 +9,24 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from ..errors import RecipeError
 from ..recipe import Recipe, methods_of
+from ..training.config import one_line
 
 
 def recipe_of(stored: Mapping[str, Any]) -> Recipe:
     """The recipe that a record holds.
 
     Raises:
-        pydantic.ValidationError: It is not one that this version reads.
+        RecipeError: It is not one that this version reads.
     """
-    stages = [_named({**stage, "method": _methods(stage["method"])} if stage.get("method") else stage) for stage in stored["stages"]]
-    return Recipe.model_validate_json(json.dumps({**stored, "stages": stages}))
+    try:
+        stages = [_named({**stage, "method": _methods(stage["method"])} if stage.get("method") else stage) for stage in stored["stages"]]
+        return Recipe.model_validate_json(json.dumps({**stored, "stages": stages}))
+    except ValidationError as error:
+        raise RecipeError(f"the record's recipe: expected one that this version reads: {one_line(error)}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RecipeError("the record's recipe: expected stages, each with its kind and settings, found something else") from error
 
 
 def is_of(stored: Mapping[str, Any], recipe: Recipe) -> bool:
@@ -31,7 +38,7 @@ def is_of(stored: Mapping[str, Any], recipe: Recipe) -> bool:
     """
     try:
         return recipe_of(stored).sha256 == recipe.sha256
-    except (ValidationError, KeyError, TypeError):
+    except RecipeError:
         return False
 
 

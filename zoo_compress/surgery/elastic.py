@@ -225,6 +225,17 @@ class Elastic(nn.Module):
             for name, tensor in (own or {}).items():
                 targets[name].copy_(tensor)
 
+    def reset_classifier(self, num_classes: int, *args: Any, **kwargs: Any) -> None:
+        """Not available: the classifier is part of the bank, and what is known of its widths is of this one.
+
+        Raises:
+            CompressError: Always.
+        """
+        raise CompressError(
+            f"{type(self).__name__}: reset_classifier({num_classes}) would leave the widths without their classifier: save it and load it "
+            f"with timm.create_model(…, num_classes={num_classes}), or reset before it gets several widths"
+        )
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Not available: it would run parts of the network again after the chosen widths have been put away.
 

@@ -72,6 +72,17 @@ def places(model: nn.Module, values: Mapping[str, object]) -> list[tuple[Any, An
     return [(container, key, value) for container, key, value in found.values()]
 
 
+def classifiers(model: nn.Module, names: object) -> dict[str, nn.Parameter]:
+    """Names and weights of a model's classifiers.
+
+    Args:
+        model: The model.
+        names: Of the modules, as timm's cfgs have them: one, several or None.
+    """
+    known = {f"{name}.weight" for name in (names if isinstance(names, (tuple, list)) else [names])}
+    return {name: weight for name, weight in model.named_parameters() if name in known}
+
+
 def get_tensor(model: nn.Module, name: str) -> Tensor:
     """The parameter or buffer of that name.
 

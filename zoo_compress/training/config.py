@@ -1,15 +1,26 @@
 """What a recipe says about data and training: frozen, validated data without behaviour."""
 
 from collections.abc import Collection
+from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
 from ..errors import CompressError
+
+
+def _inside(path: str) -> str:
+    parts = PurePosixPath(path).parts
+    if not parts or PurePosixPath(path).is_absolute() or ".." in parts or parts[0] in ("steps", "results.json") or parts[0].startswith("."):
+        raise ValueError("expected a folder below the output folder, other than steps/")
+    return path
+
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+OwnFolder = Annotated[str, AfterValidator(_inside)]
+"""A folder below the output folder of a run that is the user's to name."""
 
 
 class Config(BaseModel):
