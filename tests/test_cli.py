@@ -239,3 +239,10 @@ def test_sparsify_and_cluster_save_what_they_say(tmp_path):
     assert "model.pretrained_cfg.input_size: expected 1 channels as in the model, found 3" in unfit.output
     invoke("cluster", "test_resnet", "--bits", 3, "-o", tmp_path / "few", *TINY)
     assert len(zc.load(tmp_path / "few").fc.weight.unique()) <= 8
+
+
+def test_arguments_that_yaml_takes_for_a_date():
+    assert (
+        "--arg num_classes: expected a value as in YAML, found '2000-13-45'"
+        in invoke("measure", "test_resnet", "-a", "num_classes=2000-13-45", code=2).stderr
+    )

@@ -112,6 +112,13 @@ def test_holding_nothing_out_is_no_change(tmp_path):
     assert load(tmp_path, GOOD.replace("source: digits", "source: digits, held_out: 9")).sha256 != said.sha256
 
 
+def test_arguments_of_optimizers_and_augmentation_that_exist(tmp_path):
+    recipe = load(tmp_path, GOOD.replace("epochs: 2,", "epochs: 2, opt_args: {betas: [0.8, 0.99], eps: 1e-6},"))
+    assert recipe.stages[0].optimizer_args == {"betas": (0.8, 0.99), "eps": 1e-6}
+    recipe = load(tmp_path, GOOD.replace("source: digits", "source: digits, augment: {auto_augment: rand-m9-mstd0.5}"))
+    assert recipe.data.augment.auto_augment == "rand-m9-mstd0.5"
+
+
 def test_another_seed_has_a_folder_of_its_own(tmp_path):
     recipe = load(tmp_path, GOOD)
     other = recipe.with_seed(7)
@@ -206,6 +213,26 @@ BAD = {
         "name: test_resnet,",
         "name: test_resnet, pretrained_cfg: {input_size: [1, 8, 8], mean: [1, 2]},",
         "one mean for each of 1",
+    ),
+    "an image of 10**12 pixels": (
+        "name: test_resnet,",
+        "name: test_resnet, pretrained_cfg: {input_size: [1, 1000000, 1000000]},",
+        "input_size.1: expected less than or equal to 16384, found 1000000 (and 1 more)",
+    ),
+    "a batch nobody has memory for": (
+        "output: out",
+        "output: out\nmeasure: {batch_size: 10000000000}",
+        "expected less than or equal to 65536",
+    ),
+    "threads": ("output: out", "output: out\nmeasure: {threads: 100000}", "measure.threads: expected less than or equal to 1024"),
+    "output": ("output: out", 'output: "a\\0b"', "output: "),
+    "optimizer's argument": ("epochs: 2,", "epochs: 2, opt_args: {betas: x},", "train: expected opt_args that adamw takes"),
+    "optimizer's argument that is a setting": ("epochs: 2,", "epochs: 2, opt_args: {lr: 5},", "train: expected opt_args that adamw takes"),
+    "augmentation": ("source: digits", "source: digits, augment: {auto_augment: zz}", "auto_augment: expected a policy of timm, such as"),
+    "aliases of aliases": (
+        "output: out",
+        "output: out\ndescription:\n" + "".join(f"  - &a{i} [{', '.join([f'*a{i - 1}' if i else 'x'] * 20)}]\n" for i in range(12)),
+        "expected at most 100000 values, found more",
     ),
     "no stages": (GOOD[GOOD.index("stages") :], "stages: []", "stages: expected"),
     "nothing": (GOOD, "", "expected a mapping"),

@@ -421,3 +421,16 @@ def test_drop_rates_hold_in_every_stage(tmp_path, monkeypatch):
     run(write(tmp_path, text=text + stages), log=print)
     assert trained == [(0.5, 0.25)] * 3
     assert zc.load(tmp_path / "out" / "model").drop_rate == 0
+
+
+@pytest.mark.parametrize("device", ["foo", "meta", "cuda:99"])
+def test_a_device_that_is_not_there(tmp_path, device):
+    with pytest.raises(CompressError, match=f"device: expected one of this machine, found '{device}'"):
+        run(write(tmp_path, text=SHORT + f"device: '{device}'\n"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CompressError, match=r"file/out"):
+        run(write(tmp_path, "file/out", text=SHORT))

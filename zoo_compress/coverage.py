@@ -39,7 +39,7 @@ from .surgery.resize import resize
 from .surgery.trace import analyze, empty_input
 from .surgery.tracer import MODEL_ERRORS
 from .surgery.verify import prove_permutation, random_widths
-from .training.checkpoint import write_atomic
+from .training.checkpoint import made, write_atomic
 
 MIN_KEEP = 0.1
 """The fraction of every axis that stays where the table says which share of MACs is reachable; `prune`'s own default."""
@@ -335,7 +335,7 @@ def _write(path: Path, rows: Iterable[CoverageRow]) -> None:
     writer = csv.DictWriter(text, CoverageRow.model_fields, lineterminator="\n")
     writer.writeheader()
     writer.writerows(row.cells() for row in sorted(rows, key=lambda row: row.name))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    made(path.parent)
     write_atomic(path, text.getvalue().encode())
 
 

@@ -24,18 +24,21 @@ from .errors import RecipeError
 from .methods import Changed, Trained
 from .structure.budget import KINDS
 from .surgery.origin import for_training
-from .training.config import Config, Count, DataConfig, FinetuneConfig, OwnFolder, Positive, TrainConfig, one_line
+from .training.config import Config, Count, DataConfig, FinetuneConfig, OwnFolder, Positive, Threads, TrainConfig, check_values, one_line
 from .training.task import ChangeConfig, nested
 
 REMOVED_PER_ROUND = 0.1
 """`rounds: auto` prunes in as many rounds as it takes for each to remove about this fraction of what is left."""
 
 
+Side = Annotated[int, Field(ge=1, le=2**14)]
+
+
 class PretrainedCfgConfig(Config):
     """Preprocessing that the model's `pretrained_cfg`, and so the saved checkpoint, carries. What is left out comes from the data source
     (for a model trained from scratch) or from the model."""
 
-    input_size: tuple[Count, Count, Count] | None = None
+    input_size: tuple[Side, Side, Side] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[Positive, ...] | None = None
     interpolation: Literal["nearest", "bilinear", "bicubic"] | None = None
@@ -251,8 +254,8 @@ Stage = Annotated[
 class MeasureConfig(Config):
     """How latency is measured: see `zoo_compress.measure`."""
 
-    batch_size: Count = 1
-    threads: Count | None = None
+    batch_size: Annotated[int, Field(ge=1, le=2**16)] = 1
+    threads: Threads | None = None
     runs: Count = 100
 
 
@@ -275,7 +278,7 @@ class Recipe(Config):
     data: DataConfig
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     device: str | None = None
-    output: str = Field(min_length=1)
+    output: str = Field(min_length=1, pattern=r"^[^\x00]*$")
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
     measure: MeasureConfig = MeasureConfig()
 
@@ -324,6 +327,7 @@ def load_recipe(path: str | Path) -> Recipe:
     """
     content = _read_yaml(Path(path))
     try:
+        check_values(content)
         # Through JSON, where a list is how a tuple is written, so that strict types need no exceptions.
         text = json.dumps(content)
     except (TypeError, ValueError, RecursionError) as error:

@@ -23,6 +23,7 @@ from .plan import Step, make_plan, milestones
 from .recipe import Recipe, load_recipe
 from .record import RECORD_NAME, Record, StepRecord, machine, read_record, versions, write_record
 from .sharing.recipe_text import is_of, recipe_of
+from .training.checkpoint import made
 from .training.config import TrainConfig
 from .training.distributed import Processes, init_processes
 
@@ -198,8 +199,7 @@ def locked(output: Path, processes: Processes) -> Iterator[None]:
         return
     import fcntl
 
-    output.mkdir(parents=True, exist_ok=True)
-    with open(output / ".lock", "w") as file:
+    with open(made(output) / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -83,6 +83,13 @@ def test_all_widths_are_in_one_file(universal, tmp_path):
     assert other.layout.macs() == zc.analyze(other.export()).macs()
 
 
+def many_links(bank):
+    """Within the bounds of each list; together they would be worked out for minutes."""
+    whole = bank["choices"][-1]["sizes"]
+    bank["choices"] = [{"sizes": {**whole, "c0": size}} for size in range(1, 9)]
+    bank["links"] = [[str(i), str(i)] for i in range(1, 60_001)]
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -93,6 +100,7 @@ def test_all_widths_are_in_one_file(universal, tmp_path):
         (lambda bank: bank["choices"][0]["sizes"].pop("c0"), "expected the axes of the bank, found a difference at 'c0'"),
         (lambda bank: bank["macs_terms"].append(["nowhere 3", 1]), "axis 'nowhere' has no entry in sizes"),
         (lambda bank: bank["choices"].append(bank["choices"][0]), "each choice of sizes once"),
+        (many_links, "bank.links: expected at most 32768 for so many choices, found 60000"),
         (lambda bank: bank.update(round_to=0), "bank.round_to"),
     ],
 )

@@ -103,7 +103,7 @@ def test_pairs_run_as_before_after_fitting(clock, ticking):
         ({"latency_ms": "5"}, "milliseconds above 0"),
         ({"latency_ms": 5, "runs": 0}, "runs of at least 1"),
         ({"latency_ms": 5, "batch_size": True}, "batch_size of at least 1"),
-        ({"latency_ms": 5, "threads": 0}, "threads of at least 1"),
+        ({"latency_ms": 5, "threads": 0}, "expected 1 to 1024 threads, found 0"),
         ({"latency_ms": 5, "accuracies": {}}, "expected accuracies as exit"),
         ({"latency_ms": 5, "accuracies": {7: 1.0}}, "expected exit of the network, found 7"),
         ({"latency_ms": 5, "accuracies": {0: float("nan")}}, "expected a number"),

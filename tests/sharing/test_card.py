@@ -16,8 +16,8 @@ from zoo_compress.errors import CompressError
 from zoo_compress.recipe import load_recipe
 from zoo_compress.record import Row, read_record, write_record
 from zoo_compress.sharing import card, picture
-from zoo_compress.sharing.front_matter import dataset
-from zoo_compress.sharing.verify import verify_card
+from zoo_compress.sharing.front_matter import KEY, dataset
+from zoo_compress.sharing.verify import read_card, verify_card
 
 
 @pytest.fixture
@@ -264,3 +264,12 @@ def test_a_card_says_what_the_model_can_do(tmp_path, make, says):
     card.draw(card.Subject(model, tmp_path, "me/model"), tmp_path)
     assert says in text
     assert ("features_only" in text) == (make is None)
+
+
+def test_a_card_of_aliases_of_aliases_is_refused_at_once(tmp_path):
+    """A few hundred bytes that stand for 10**15 values: a card comes from a stranger."""
+    lines = ["---", "library_name: timm", f"{KEY}:"]
+    lines += [f"  a{i}: &a{i} [{', '.join([f'*a{i - 1}' if i else 'x'] * 20)}]" for i in range(12)]
+    (tmp_path / "README.md").write_text("\n".join([*lines, "---", "# A card"]))
+    with pytest.raises(CompressError, match="expected at most 100000 values, found more"):
+        read_card(tmp_path)

@@ -73,6 +73,17 @@ def test_a_difference_is_an_error(model, tmp_path, monkeypatch):
     with pytest.raises(CompressError, match="exported ones differ by"):
         export.export_onnx(model, tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "model.pt2").write_text("an earlier one")
+    with pytest.raises(CompressError, match="exported ones differ by"):
+        export.export_program(model, tmp_path / "model.pt2")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["an earlier one"]
+
+
+def test_a_file_in_the_way_of_a_folder(model, tmp_path):
+    (tmp_path / "file").write_text("")
+    for write in (export.export_onnx, export.export_program):
+        with pytest.raises(CompressError, match=r"file': expected a folder that can be written, found none and cannot make it"):
+            write(model, tmp_path / "file/model")
 
 
 def test_the_extra_is_named(model, tmp_path, monkeypatch):

@@ -83,7 +83,7 @@ def load_model(name: str, pretrained: bool = False, args: Sequence[str] = ()) ->
             raise CompressError(f"--arg: expected NAME=VALUE, found {arg!r}")
         try:
             kwargs[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:
             raise CompressError(f"--arg {key}: expected a value as in YAML, found {value!r}") from error
     if Path(name).is_dir():
         name = f"local-dir:{name}"

@@ -284,9 +284,7 @@ def restored(
         removed, two = blocks.present(built.model, variant.removed), factors.present(built.model, variant.factors)
         factors.replace_(blocks.skip_(built.model, removed), two)
         if variant.exits and variant.exits.truncated and args.get("features_only"):
-            raise VariantError(
-                f"{variant.architecture}: it ends at an early exit: expected no features_only=True, found it"
-            )
+            raise VariantError(f"{variant.architecture}: it ends at an early exit: expected no features_only=True, found it")
         if variant.exits and not args.get("features_only"):
             attach_exits_(built.model, variant.exits, boundaries)
         fitting = present(built.model, variant)

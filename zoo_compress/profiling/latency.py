@@ -14,6 +14,8 @@ from torch import nn
 from ..errors import CompressError
 from ..surgery.modules import clear_caches
 
+MAX_THREADS = 1024
+
 clock = time.perf_counter
 """Seconds from some start. Everything timed here reads this clock, so that tests can let it tick as they need."""
 
@@ -26,10 +28,10 @@ def inference(models: Collection[nn.Module], threads: int | None = None) -> Iter
         The number of threads.
 
     Raises:
-        CompressError: If `threads` is below 1 or a model is not on the CPU.
+        CompressError: If `threads` is out of range or a model is not on the CPU.
     """
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-        raise CompressError(f"latency: expected threads of at least 1, found {threads!r}")
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= MAX_THREADS):
+        raise CompressError(f"latency: expected 1 to {MAX_THREADS} threads, found {threads!r}")
     flags = {module: module.training for model in models for module in model.modules()}
     for module in flags:
         parameter = next(module.parameters(recurse=False), None)

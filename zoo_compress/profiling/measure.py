@@ -17,6 +17,8 @@ from .latency import inference, interleaved
 from .memory import activation_memory, weight_memory
 from .sampled import Sampled
 
+MAX_BATCH = 2**16
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -75,6 +77,8 @@ def measure_many(
     for name, value in {"batch_size": batch_size, "runs": runs, "warmup": warmup}.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise CompressError(f"measure: expected {name} of at least 1, found {value!r}")
+    if batch_size > MAX_BATCH:
+        raise CompressError(f"measure: expected a batch_size of at most {MAX_BATCH}, found {batch_size}")
     macs = {name: model.macs() if isinstance(model, Sampled) else analyze(model).macs() for name, model in models.items()}
     images = {name: _images(model, batch_size) for name, model in models.items()}
     passes = {name: _over(model) for name, model in models.items()}

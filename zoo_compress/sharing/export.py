@@ -18,6 +18,7 @@ from ..errors import CompressError
 from ..methods.slimmable import Slimmable
 from ..plugin.hub import load
 from ..surgery.exits import ExitsModel
+from ..training.checkpoint import made
 from ..training.config import DataConfig
 from ..training.data import check_fits, eval_loader
 from ..training.sources import open_source
@@ -118,7 +119,7 @@ def export_onnx(model: nn.Module, path: str | Path, data: DataConfig | None = No
 
     images = comparison_images(model, data)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    made(path.parent)
     program = _program(model, images)
     with tempfile.TemporaryDirectory(prefix=".exporting-", dir=path.parent) as scratch, quiet():
         file = Path(scratch, path.name)
@@ -138,18 +139,24 @@ def export_program(model: nn.Module, path: str | Path | None = None, data: DataC
 
     Args:
         model: In eval mode or not; it is not changed.
-        path: Where to write the program (`.pt2`); compared only, unless given.
+        path: Where to write the program (`.pt2`), which appears once it was compared; compared only, unless given.
         data: Where images to compare on come from; noise unless given.
 
     Raises:
         CompressError: The model cannot be exported, or its outputs differ by more than `TOLERANCE`.
     """
     images = comparison_images(model, data)
+    if path is None:
+        return _compared(model, images, _program(model, images).module(), data, None)
+    path = Path(path)
+    made(path.parent)
     program = _program(model, images)
-    if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        torch.export.save(program, str(path))
-    return _compared(model, images, program.module(), data, None if path is None else Path(path))
+    with tempfile.TemporaryDirectory(prefix=".exporting-", dir=path.parent) as scratch:
+        file = Path(scratch, path.name)
+        torch.export.save(program, str(file))
+        exported = _compared(model, images, program.module(), data, file)
+        os.replace(file, path)
+    return exported
 
 
 def _program(model: nn.Module, images: torch.Tensor) -> torch.export.ExportedProgram:

@@ -20,6 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..errors import CompressError
+from ..training.checkpoint import made
 from ..training.config import DataConfig
 from ..training.data import calibration_batches, check_fits, eval_loader
 from ..training.sources import open_source
@@ -61,7 +62,7 @@ def export_int8(model: nn.Module, path: str | Path, data: DataConfig, *, batches
         CompressError: The extra `onnx` is missing, or the model cannot be exported or quantized.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    made(path.parent)
     with tempfile.TemporaryDirectory(prefix=".exporting-", dir=path.parent) as scratch:
         whole, prepared, small = (Path(scratch, name) for name in ("float.onnx", "prepared.onnx", path.name))
         export_onnx(model, whole, data)

@@ -16,7 +16,7 @@ from ..errors import CompressError
 from ..plugin.hub import load
 from ..plugin.remote import CONFIG, hub_errors
 from ..plugin.weights import WEIGHTS
-from ..training.checkpoint import check_empty
+from ..training.checkpoint import check_empty, made
 from ..zoo import index
 from . import card
 from .push import model_folder
@@ -37,7 +37,7 @@ def pull(name: str, directory: str | Path) -> Path:
     """
     directory = Path(directory)
     check_empty(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
+    made(directory.parent)
     with tempfile.TemporaryDirectory(prefix=".pulling-", dir=directory.parent) as scratch:
         folder = Path(scratch, "folder")
         folder.mkdir()

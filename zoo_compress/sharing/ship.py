@@ -15,7 +15,7 @@ from ..plugin.remote import CONFIG
 from ..plugin.weights import WEIGHTS, digest
 from ..record import RECORD_NAME, Record, Row, read_record, write_record
 from ..surgery.origin import variant_of
-from ..training.checkpoint import whole_folder, write_atomic
+from ..training.checkpoint import made, whole_folder, write_atomic
 from ..zoo import index
 from . import card
 from .front_matter import dataset
@@ -70,7 +70,7 @@ def ship(
                 beside = target / f"{card.SEED}{other.seed}"
                 beside.mkdir()
                 write_record(beside, other)
-    cards.mkdir(parents=True, exist_ok=True)
+    made(cards)
     subject = card.Subject(model, folder, name if entry.checkpoint else card.HERE, record, others)
     picture = card.draw(subject, cards, f"{name}.png")
     write_atomic(cards / f"{name}.md", card.render(subject, picture).encode())

@@ -15,7 +15,7 @@ from ..errors import CompressError
 from ..plugin.hub import load
 from ..plugin.weights import WEIGHTS, digest
 from ..surgery.trace import analyze
-from ..training.config import DataConfig
+from ..training.config import DataConfig, check_values
 from ..training.data import check_fits, eval_loader
 from ..training.loop import evaluate
 from ..training.sources import open_source
@@ -106,7 +106,9 @@ def read_card(folder: Path) -> tuple[Facts, float | None]:
         raise CompressError(f"{folder}: expected a card {card.README} with numbers to compare, found none; zoo-compress card writes one")
     try:
         data = ModelCard(path.read_text(encoding="utf-8")).data
-        facts = Facts.model_validate_json(json.dumps(data.to_dict().get(KEY)))
+        stored = data.to_dict().get(KEY)
+        check_values(stored)
+        facts = Facts.model_validate_json(json.dumps(stored))
     except (ValidationError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         reason = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else " ".join(str(error).split())[:200]
         raise CompressError(

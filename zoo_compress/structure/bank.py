@@ -12,6 +12,8 @@ from .layout import Layout, parse
 from .stored import MAX_ENTRIES, AxisName, Size, TermText, Width
 
 MAX_CHOICES = 1024
+MAX_LINKED = 2**18
+"""Links times choices: each link is worked out for each choice."""
 
 # JSON has no tuples: lists stand for them.
 Cost = Annotated[tuple[TermText, Annotated[int, Field(ge=1)]], Field(strict=False)]
@@ -85,8 +87,11 @@ class Bank(BaseModel):
         for name in self.ordered:
             if name not in sizes:
                 raise ValueError(f"bank.ordered: axis {name!r} has no entry in sizes")
-        if any(choice.sizes == other.sizes for i, choice in enumerate(self.choices) for other in self.choices[:i]):
+        if len({tuple(sorted(choice.sizes.items())) for choice in self.choices}) < len(self.choices):
             raise ValueError("bank.choices: expected each choice of sizes once")
+        links = [(left, right, parse(left), parse(right)) for left, right in sorted(set(self.links))]
+        if len(links) * len(self.choices) > MAX_LINKED:
+            raise ValueError(f"bank.links: expected at most {MAX_LINKED // len(self.choices)} for so many choices, found {len(links)}")
         for i, choice in enumerate(self.choices):
             if choice.sizes.keys() != sizes.keys():
                 name = min(choice.sizes.keys() ^ sizes.keys())
@@ -94,8 +99,8 @@ class Bank(BaseModel):
             wide = next((name for name, size in choice.sizes.items() if size > sizes[name]), None)
             if wide is not None:
                 raise ValueError(f"bank.choices.{i}.sizes: expected at most {sizes[wide]} for {wide!r}, found {choice.sizes[wide]}")
-            for left, right in self.links:
-                a, b = (terms.size(parse(side), choice.sizes) for side in (left, right))
+            for left, right, *sides in links:
+                a, b = (terms.size(side, choice.sizes) for side in sides)
                 if a != b:
                     raise ValueError(f"bank.choices.{i}.sizes: linked sizes differ: {left!r} is {a} and {right!r} is {b}")
 

@@ -30,6 +30,20 @@ def check_empty(folder: Path) -> None:
         raise CompressError(f"{folder}: expected a new or empty folder, found files in it")
 
 
+def made(folder: Path) -> Path:
+    """The folder itself, which exists from then on.
+
+    Raises:
+        CompressError: It cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CompressError(f"{str(folder)!r}: expected a folder that can be written, found none and cannot make it: {reason}") from error
+    return folder
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file so that a reader finds the old content or the new, never a part.
 

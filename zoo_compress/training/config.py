@@ -8,6 +8,24 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, Va
 
 from ..errors import CompressError
 
+MAX_VALUES = 100_000
+
+
+def check_values(content: object) -> None:
+    """Refuse content that is larger than it is written: YAML's aliases stand for parts, and these for parts of theirs.
+
+    Raises:
+        ValueError: There are more than `MAX_VALUES` values in it.
+    """
+    count, waiting = 0, [content]
+    while waiting:
+        value = waiting.pop()
+        count += 1
+        if count > MAX_VALUES:
+            raise ValueError(f"expected at most {MAX_VALUES} values, found more")
+        if isinstance(value, (dict, list, tuple)):
+            waiting.extend(value.values() if isinstance(value, dict) else value)
+
 
 def _inside(path: str) -> str:
     parts = PurePosixPath(path).parts
@@ -19,6 +37,7 @@ def _inside(path: str) -> str:
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+Threads = Annotated[int, Field(ge=1, le=1024)]
 OwnFolder = Annotated[str, AfterValidator(_inside)]
 """A folder below the output folder of a run that is the user's to name."""
 
@@ -84,6 +103,17 @@ class AugmentConfig(Config):
     color_jitter: Fraction | None = None
     auto_augment: str | None = None
     re_prob: Fraction | None = None
+
+    @field_validator("auto_augment")
+    @classmethod
+    def _known_policy(cls, policy: str | None) -> str | None:
+        from timm.data import create_transform
+
+        try:
+            create_transform(32, is_training=True, auto_augment=policy)
+        except Exception as error:  # timm asserts, indexes and converts
+            raise ValueError("expected a policy of timm, such as 'rand-m9-mstd0.5' or 'trivialaugment'") from error
+        return policy
 
 
 class DataConfig(Config):
@@ -187,6 +217,11 @@ class TrainConfig(Config):
     channels_last: bool = False
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
 
+    @property
+    def optimizer_args(self) -> dict[str, Any]:
+        """`opt_args` as optimizers take them: lists in files stand for tuples."""
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in self.opt_args.items()}
+
     @field_validator("opt")
     @classmethod
     def _known_optimizer(cls, name: str) -> str:
@@ -195,6 +230,18 @@ class TrainConfig(Config):
         if name not in list_optimizers():
             raise ValueError("expected one of timm.optim.list_optimizers(), such as 'sgd' or 'adamw'")
         return name
+
+    @model_validator(mode="after")
+    def _optimizer_takes(self) -> "TrainConfig":
+        if self.opt_args:
+            from timm.optim import create_optimizer_v2
+            from torch import nn
+
+            try:
+                create_optimizer_v2(nn.Linear(1, 1), self.opt, self.lr, self.weight_decay, self.momentum, **self.optimizer_args)
+            except Exception as error:  # optimizers compare, index and call what they are given
+                raise ValueError(f"expected opt_args that {self.opt} takes, found {self.opt_args}: {error}") from error
+        return self
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> "TrainConfig":

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
+from ..errors import CompressError
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -53,10 +55,17 @@ def init_processes(device: str | None = None) -> Iterator[Processes]:
 
     Args:
         device: `cpu`, `cuda`, …; None takes CUDA where there is one. Processes on CPU talk through gloo.
+
+    Raises:
+        CompressError: If this machine has no such device, or it holds no numbers.
     """
     from timm.utils.distributed import init_distributed_device_so
 
-    state = init_distributed_device_so(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        state = init_distributed_device_so(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=state["device"]).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise CompressError(f"device: expected one of this machine, found {device!r}: {str(error).splitlines()[0]}") from error
     processes = Processes(torch.device(state["device"]), state["world_size"], state["global_rank"])
     try:
         yield processes

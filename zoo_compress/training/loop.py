@@ -161,7 +161,7 @@ def fit(
         lr=config.lr,
         weight_decay=config.weight_decay,
         momentum=config.momentum,
-        **_tuples(config.opt_args),
+        **config.optimizer_args,
     )
     scheduler = _create_scheduler(optimizer, config, len(train))
     if config.ema_decay is not None:
@@ -296,10 +296,6 @@ def _bar(loader: DataLoader, label: str | None, processes: Processes) -> Any:
 def _result(task: TrainingTask) -> nn.Module:
     """The module whose weights the phase would end with: the average where there is one."""
     return unwrap_model(task.get_eval_model(ema=task.has_ema()))
-
-
-def _tuples(args: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in args.items()}
 
 
 def _save(path: Path, phase: Phase, task: TrainingTask, optimizer: torch.optim.Optimizer, history: list[Epoch]) -> None:
