@@ -55,6 +55,27 @@ def test_a_pruned_model_has_the_deviations_of_its_own_shapes(name):
     assert fresh(torch.randn(1, 3, *fresh.pretrained_cfg["input_size"][1:])).isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("name", "weight", "dim", "gain"),
+    [
+        ("resnet18", "layer2.1.conv1.weight", 0, 2),  # as many inputs as outputs: its own deviation does not tell which of them counts
+        ("resnet18", "layer2.1.conv1.weight", 1, 2),
+        ("resnet18", "layer2.0.conv1.weight", 0, 2),  # half as many inputs: He's of outputs is LeCun's of inputs
+        ("resnet18", "layer2.0.conv1.weight", 1, 2),
+        ("mobilenetv2_050", "blocks.2.1.conv_pw.weight", 0, 2),
+        ("mobilenetv2_050", "blocks.2.1.conv_pwl.weight", 1, 2),
+    ],
+)
+def test_the_fan_is_the_architectures_not_one_tensors(name, weight, dim, gain):
+    """timm draws these convolutions by their outputs (He et al. 2015, fan_out)."""
+    model = timm.create_model(name, num_classes=10)
+    layout = zc.analyze(model)
+    axis = layout.params[weight][dim]
+    small = reinitialize(zc.resize(model, layout, {axis: layout.axes[axis].size // 4})).get_parameter(weight)
+    outs = small.shape[0] * small.shape[2] * small.shape[3]
+    assert float(small.detach().std()) == pytest.approx((gain / outs) ** 0.5, rel=4 / (2 * small.numel()) ** 0.5)
+
+
 def test_running_statistics_start_over():
     fresh = reinitialize(zc.prune(trained("test_resnet"), keep=0.5))
     norms = [module for module in fresh.modules() if isinstance(module, nn.BatchNorm2d)]

@@ -6,8 +6,9 @@ What a pruned model is to be compared with (Liu et al. 2019, Rethinking the Valu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from timm.models import create_model
@@ -22,7 +23,10 @@ from ..training.task import ChangeConfig
 
 # Deviation times the root of the fan, of initialisations whose deviation follows the fan: He et al. 2015, LeCun et al. 1998, and torch's
 # default for layers (uniform within 1 / sqrt(fan)).
-_FAN_LAWS = (math.sqrt(2), 1.0, 1 / math.sqrt(3))
+_GAINS = (math.sqrt(2), 1.0, 1 / math.sqrt(3))
+_Fan: TypeAlias = Literal["ins", "outs", "both"]
+_Law: TypeAlias = tuple[_Fan, float]
+_LAWS: tuple[_Law, ...] = tuple((fan, gain) for fan in get_args(_Fan) for gain in _GAINS)
 
 
 class ReinitializeConfig(ChangeConfig):
@@ -59,13 +63,14 @@ def reinitialize(model: nn.Module, seed: int = 0) -> nn.Module:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         start = create_model(source.base, **{**source.args, **live}).state_dict(keep_vars=True)
+        laws = _laws(start.values())
         _reset_others(fresh, start.keys())
         for name, tensor in fresh.named_parameters():
             if name in start:
-                tensor.copy_(_drawn(start[name].detach(), tensor.shape))
+                tensor.copy_(_drawn(start[name].detach(), tensor.shape, laws))
         for name, buffer in fresh.named_buffers():
             if name in start and name in kept:
-                buffer.copy_(_drawn(start[name], buffer.shape))
+                buffer.copy_(_drawn(start[name], buffer.shape, laws))
     masked = [name for name, packing in packed_of(model).items() if packing.mask]
     apply_(fresh, masks_of(model, masked))
     forget_packed(fresh, dict.fromkeys(masked, Packing(mask=True)))
@@ -83,7 +88,7 @@ def _reset_others(model: nn.Module, known: Any) -> None:
         reset()
 
 
-def _drawn(start: Tensor, shape: torch.Size) -> Tensor:
+def _drawn(start: Tensor, shape: torch.Size, laws: Sequence[_Law]) -> Tensor:
     """Values of a tensor's initialisation for another shape."""
     if start.shape == shape:
         return start
@@ -93,22 +98,30 @@ def _drawn(start: Tensor, shape: torch.Size) -> Tensor:
         values = start.mean() + start.std(correction=0) * torch.randn(shape, device=start.device, dtype=start.dtype)
     else:
         values = start.reshape(-1)[:1].expand(shape)
-    return values * _rescale(start, shape)
+    return values * _rescale(start, shape, laws)
 
 
-def _rescale(start: Tensor, shape: torch.Size) -> float:
-    """By how much a deviation that follows the fan grows, where this tensor's does; else 1."""
-    if start.ndim < 2 or len(shape) != start.ndim or start.numel() < 16:
-        return 1.0
-    deviation = float(start.float().std(correction=0))
+def _laws(tensors: Iterable[Tensor]) -> list[_Law]:
+    """The laws that deviations may follow, those first that most of an architecture's tensors do: single ones may fit several by chance,
+    such as both fans of a square matrix, or LeCun's of the inputs where there are half as many as He's counts outputs."""
+    found = Counter(law for tensor in tensors for law in _LAWS if _follows(tensor, law))
+    return sorted(_LAWS, key=lambda law: -found[law])
+
+
+def _follows(start: Tensor, law: _Law) -> bool:
+    if start.ndim < 2 or start.numel() < 16 or not start.is_floating_point():
+        return False
     near = 3 / math.sqrt(2 * start.numel())  # three times the relative error of a deviation estimated from so many values
-    (ins, outs), (ins_now, outs_now) = _fans(start.shape), _fans(shape)
-    for fan, now in ((ins, ins_now), (outs, outs_now), ((ins + outs) / 2, (ins_now + outs_now) / 2)):
-        if any(abs(deviation * math.sqrt(fan) / law - 1) < near for law in _FAN_LAWS):
-            return math.sqrt(fan / now)
-    return 1.0
+    deviation = float(start.detach().float().std(correction=0))
+    return abs(deviation * math.sqrt(_fan(start.shape, law)) / law[1] - 1) < near
 
 
-def _fans(shape: torch.Size) -> tuple[int, int]:
+def _rescale(start: Tensor, shape: torch.Size, laws: Sequence[_Law]) -> float:
+    """By how much a deviation that follows the fan grows, where this tensor's does; else 1."""
+    law = next((law for law in laws if _follows(start, law)), None) if len(shape) == start.ndim else None
+    return 1.0 if law is None else math.sqrt(_fan(start.shape, law) / _fan(shape, law))
+
+
+def _fan(shape: torch.Size, law: _Law) -> float:
     field = math.prod(shape[2:])
-    return shape[1] * field, shape[0] * field
+    return {"ins": shape[1] * field, "outs": shape[0] * field, "both": (shape[0] + shape[1]) * field / 2}[law[0]]
