@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from timm.task import ClassificationTask, LogitDistillationTask
+from timm.utils import unwrap_model
 from torch import nn
 
 import zoo_compress as zc
@@ -142,6 +143,22 @@ def test_an_epoch_sorts_and_then_leaves_residual_widths_alone():
     for epoch, residual in ((0, True), (1, True), (2, False), (3, False)):
         task.start_epoch(epoch, 4, optimizer)
         assert task.residual is residual
+
+
+def test_the_average_is_sorted_as_the_network_is():
+    """Whatever its own weights are: what is averaged afterwards are the same channels."""
+    net = zc.netaug(base_model(), 2, 1)
+    task = NetAugTask(ClassificationTask(net, verbose=False))
+    task.setup_ema(decay=0.9)
+    average = unwrap_model(task.get_trainable_module(ema=True))
+    with torch.no_grad():
+        for weight, other in zip(net.parameters(), average.parameters(), strict=True):
+            weight.normal_()
+            # The least important of the one is the most important of the other; both say which channels they have.
+            other.copy_(1 / weight)
+    task.start_epoch(0, 1, torch.optim.SGD(net.parameters(), lr=0.1))
+    for weight, other in zip(net.parameters(), average.parameters(), strict=True):
+        assert torch.equal(other, 1 / weight)
 
 
 def test_statistics_of_the_base_are_found_again():

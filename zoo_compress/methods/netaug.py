@@ -6,7 +6,7 @@ Cai et al. 2022, Network Augmentation for Tiny Deep Learning.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -124,16 +124,17 @@ class Augmented(Elastic):
         return small
 
     @torch.no_grad()
-    def sort_(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Order the elements of every inner axis, the most important first: those whose weights in the next layers sum up to most.
+    def sort_(self, optimizer: torch.optim.Optimizer | None = None, orders: Mapping[str, np.ndarray] | None = None) -> None:
+        """Bring the elements of every inner axis into another order.
 
         The whole stays the same function; the base takes over the best. Statistics of the base have to be found again.
 
         Args:
             optimizer: Its state is taken along.
+            orders: Axis → its elements in their new order; the network's own `orders` unless given.
         """
         layout, tensors = self.layout, dict(named_tensors(self))
-        picks = {axis: order for axis in sorted(self._settings.inner) if (order := self._order(axis)) is not None}
+        picks = dict(self.orders() if orders is None else orders)
         for name, dims in layout.params.items():
             sorted_tensor = reindex(tensors[name].detach(), dims, layout, picks)
             if sorted_tensor is None:
@@ -143,6 +144,10 @@ class Augmented(Elastic):
                 if isinstance(value, Tensor) and value.shape == tensors[name].shape:
                     value.copy_(reindex(value, dims, layout, picks))  # type: ignore[arg-type]
             tensors[name].copy_(sorted_tensor)
+
+    def orders(self) -> dict[str, np.ndarray]:
+        """Inner axis → its elements, the most important first: those whose weights in the next layers sum up to most."""
+        return {axis: order for axis in sorted(self._settings.inner) if (order := self._order(axis)) is not None}
 
     def _order(self, axis: str) -> np.ndarray | None:
         """Elements of an axis by the sum of the absolute weights that read them, the greatest first."""
@@ -254,9 +259,10 @@ class NetAugTask(MethodTask):
     def start_epoch(self, epoch: int, epochs: int, optimizer: torch.optim.Optimizer, steps: int = 1) -> None:
         self.residual = epoch < RESIDUAL_UNTIL * epochs
         if self.sort:
-            self.net.sort_(optimizer if self.sort_momentum else None)
-            if self.has_ema():
-                unwrap_model(self.get_trainable_module(ema=True)).sort_()
+            orders = self.net.orders()
+            self.net.sort_(optimizer if self.sort_momentum else None, orders)
+            if self.has_ema():  # in the network's order, not in its own: what is averaged are the same channels
+                unwrap_model(self.get_trainable_module(ema=True)).sort_(orders=orders)
 
     def prepare_evaluation(self, net: Augmented, images: Iterable[object]) -> None:
         calibrate(net, net._settings.base, images)
