@@ -6,7 +6,7 @@ import torch
 from timm.task import ClassificationTask
 
 from zoo_compress.errors import CompressError
-from zoo_compress.methods.blocks import BlocksConfig
+from zoo_compress.methods.blocks import BlocksConfig, blocks_of
 from zoo_compress.methods.selection import SelectionTask
 from zoo_compress.surgery.blocks import Skip
 
@@ -106,6 +106,25 @@ def test_factors_of_blocks_that_stay_go_into_their_weights():
     torch.testing.assert_close(small.eval()(batch()[0]), expected)
     assert [isinstance(block, Skip) for block in small.blocks] == [False, True, False]
     assert set(small.state_dict()) < set(make().state_dict())
+
+
+def test_blocks_at_exactly_zero_are_removed_where_a_scale_follows_their_end():
+    """What ConvNeXt adds is in proportion to its end, which shows only while the end gives something."""
+    config = BlocksConfig()
+    torch.manual_seed(0)
+    net = config.wrap(timm.create_model("test_convnext", num_classes=5)).eval()
+    first, *others = (block.path for block in blocks_of(net))
+    task = config.task(ClassificationTask(net, verbose=False), 0)
+    with torch.no_grad():
+        task.scales.copy_(torch.linspace(0.5, 1.5, len(task.scales)))
+        task.scales[0] = 0.0
+    images = torch.randn(2, 3, 64, 64)
+    expected = net(images)
+    task.end()
+    small = config.finish(net, ())
+    assert isinstance(small.get_submodule(first), Skip)
+    assert [block.path for block in blocks_of(small)] == others
+    torch.testing.assert_close(small(images), expected)
 
 
 def test_networks_without_residual_blocks_are_refused():

@@ -29,12 +29,15 @@ class BlocksConfig(SelectionConfig):
         return [net.get_submodule(end).register_forward_hook(scale(index)) for end, index in ends]
 
     def select(self, net: nn.Module, factors: Tensor) -> nn.Module:
-        blocks = blocks_of(net)
-        for block, factor in zip(blocks, factors, strict=True):
+        gone = []
+        for block, factor in zip(blocks_of(net), factors, strict=True):
+            if factor.abs() < self.least:
+                gone.append(block.path)  # as it is: times 0, nothing would show that its end gives what it adds
+                continue
             for end in block.ends:
                 for parameter in net.get_submodule(end).parameters():
                     parameter.mul_(factor)
-        return remove_blocks(net, [block.path for block, factor in zip(blocks, factors, strict=True) if factor.abs() < self.least])
+        return remove_blocks(net, gone)
 
 
 def blocks_of(model: nn.Module) -> list[Block]:
