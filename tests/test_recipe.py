@@ -182,6 +182,12 @@ BAD = {
         "distill: {teacher: [a, b], match: features}",
         "stages.2.finetune.distill: expected one teacher beside match: features, found 2",
     ),
+    "features beside a method": (
+        "distill: {temperature: 2}",
+        "method: {slim: {}}, distill: {match: features}",
+        "stages.2.finetune: distill.match: expected logits beside a method of training, found features",
+    ),
+    "a token beside a method": ("distill: {", "method: {slim: {}}, distill: {match: token, ", "expected logits beside a method"),
     "a penalty below zero": ("epochs: 2,", "epochs: 2, method: {slimming: {penalty: -1.0}},", "penalty: expected"),
     "unknown stage": ("- evaluate", "- evaluat", "stages.3: expected one of train, prune, finetune, evaluate, save"),
     "two stages in one": ("- evaluate", "- {evaluate: , save: }", "stages.3: expected one of train"),

@@ -142,12 +142,18 @@ class FinetuneStage(FinetuneConfig):
     """Train the model after a stage that compressed it, on labels and, with `distill`, on the logits of the model before it.
 
     Attributes:
-        method: as for `train`.
+        method: as for `train`; beside it, `distill` is of logits.
     """
 
     noun: ClassVar[str] = "fine-tuning"
     kind: Literal["finetune"]
     method: Method | None = None
+
+    @model_validator(mode="after")
+    def _together(self) -> "FinetuneStage":
+        if self.method is not None:
+            self.check_beside_method()
+        return self
 
 
 class PruneStage(Config):

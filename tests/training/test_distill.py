@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import zoo_compress as zc
 from zoo_compress.errors import CompressError
+from zoo_compress.methods.blocks import BlocksConfig
 from zoo_compress.training.config import DistillConfig, FinetuneConfig
 from zoo_compress.training.distill import Ensemble, create_task
 from zoo_compress.training.loop import evaluate, fit
@@ -158,6 +159,20 @@ def test_what_does_not_fit_is_said_before_training(make_model, settings, teacher
     config = FinetuneConfig(epochs=1, lr=1e-3, distill=DistillConfig(**settings))
     with pytest.raises(CompressError, match=message):
         create_task(make_model(), config, [make_model(seed=1)] * teachers, CPU)
+
+
+@pytest.mark.parametrize("match", ["features", "token"])
+def test_methods_train_around_logits_only(make_model, make_loaders, match):
+    """Said before anything is touched, not after the first epoch."""
+    method, config = BlocksConfig(), FinetuneConfig(epochs=1, lr=1e-3, distill=DistillConfig(match=match))
+    cfg = {**make_model().pretrained_cfg, "architecture": "deit_tiny_distilled_patch16_224"}
+    args = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_classes": 10, "in_chans": 1}
+    net = method.wrap(timm.create_model("deit_tiny_distilled_patch16_224", **args, pretrained_cfg_overlay=cfg))
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(CompressError, match=rf"^distill\.match: expected logits beside a method of training, found {match}$"):
+        fit(net, *make_loaders(), config, teacher=make_model(seed=1), method=method)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert net.train()(torch.randn(2, 1, 16, 16)).shape == (2, 10), "logits, not those of both tokens"
 
 
 def test_a_teacher_of_other_classes_is_refused(make_model):

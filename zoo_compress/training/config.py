@@ -257,5 +257,14 @@ class FinetuneConfig(TrainConfig):
 
     distill: DistillConfig | None = None
 
+    def check_beside_method(self) -> None:
+        """Check that a method of training can go around the distillation.
+
+        Raises:
+            CompressError: If timm's task is to train more than the network: a projection of features, or a head that answers beside it.
+        """
+        if self.distill is not None and self.distill.match != "logits":
+            raise CompressError(f"distill.match: expected logits beside a method of training, found {self.distill.match}")
+
 
 AnyTrainConfig: TypeAlias = TrainConfig | FinetuneConfig

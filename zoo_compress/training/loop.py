@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from ..errors import CompressError
 from .checkpoint import load_state, save_state
-from .config import TrainConfig
+from .config import FinetuneConfig, TrainConfig
 from .distill import create_task
 from .distributed import Processes
 from .keep import Keeper
@@ -146,8 +146,11 @@ def fit(
         What each epoch did, those before a resume included.
 
     Raises:
-        CompressError: the loss is not finite, distillation is asked for without a teacher, or batches to be mixed have no pairs.
+        CompressError: the loss is not finite, distillation is asked for without a teacher or beside a method that it does not go with, or
+            batches to be mixed have no pairs.
     """
+    if method is not None and isinstance(config, FinetuneConfig):
+        config.check_beside_method()
     phase, processes = phase or Phase(), processes or Processes()
     mix = _create_mix(model, train, config)
     model.to(processes.device)
