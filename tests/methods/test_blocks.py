@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from timm.task import ClassificationTask
+from timm.utils import unwrap_model
 
 from zoo_compress.errors import CompressError
 from zoo_compress.methods.blocks import BlocksConfig, blocks_of
@@ -59,7 +60,7 @@ def test_gradients_of_factors_are_those_of_the_loss():
     net.structure_scales.copy_(base)
     net.train()
     task(images, target)["loss"].backward()
-    torch.testing.assert_close(task._current.grad, torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(task.factors.leaf.grad, torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-7)
 
 
 def test_the_step_is_accelerated_proximal_gradient():
@@ -70,7 +71,7 @@ def test_the_step_is_accelerated_proximal_gradient():
     for _ in range(4):
         optimizer.zero_grad()
         task(*batch())["loss"].backward()
-        gradient = task._current.grad.tolist()
+        gradient = task.factors.leaf.grad.tolist()
         optimizer.step()
         for i in range(3):
             moved = factors[i] - 0.05 * gradient[i]
@@ -106,6 +107,22 @@ def test_factors_of_blocks_that_stay_go_into_their_weights():
     torch.testing.assert_close(small.eval()(batch()[0]), expected)
     assert [isinstance(block, Skip) for block in small.blocks] == [False, True, False]
     assert set(small.state_dict()) < set(make().state_dict())
+
+
+def test_the_average_runs_with_its_own_factors():
+    net, task, _ = start(BlocksConfig())
+    task.setup_ema(decay=0.9)
+    average = unwrap_model(task.get_trainable_module(ema=True)).eval()
+    images, target = batch()
+    with torch.no_grad():
+        expected = average(images)
+        net.structure_scales.fill_(0.1)
+        assert torch.equal(average(images), expected)
+    task(images, target)
+    with torch.no_grad():  # nor with those that are being trained
+        assert torch.equal(average.train()(images), expected)
+        average.structure_scales.fill_(0.1)
+        assert torch.equal(average.eval()(images), net.eval()(images))
 
 
 def test_blocks_at_exactly_zero_are_removed_where_a_scale_follows_their_end():

@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 from timm.task import ClassificationTask
+from timm.utils import unwrap_model
 
 import zoo_compress as zc
 from zoo_compress.errors import CompressError
@@ -78,8 +79,8 @@ def test_gradients_of_factors_are_those_of_the_loss(model):
     expected = torch.tensor([(loss(base + small * unit) - loss(base - small * unit)) / (2 * small) for unit in units])
     net.get_buffer(SCALES).copy_(base)
     task(images, target)["loss"].backward()
-    torch.testing.assert_close(task._current.grad, expected.double(), rtol=1e-3, atol=1e-6)
-    assert (task._current.grad != 0).all()
+    torch.testing.assert_close(task.factors.leaf.grad, expected.double(), rtol=1e-3, atol=1e-6)
+    assert (task.factors.leaf.grad != 0).all()
 
 
 def test_groups_at_zero_are_removed_and_the_others_keep_their_factors(model, tmp_path):
@@ -100,6 +101,20 @@ def test_groups_at_zero_are_removed_and_the_others_keep_their_factors(model, tmp
     zc.save(small, tmp_path / "small")
     again = zc.load(tmp_path / "small").eval()
     assert torch.equal(again(batch()[0]), small(batch()[0]))
+
+
+def test_the_average_runs_with_its_own_factors(model):
+    net, task, _ = start(model, GroupsConfig())
+    task.setup_ema(decay=0.9)
+    average = unwrap_model(task.get_trainable_module(ema=True)).eval()
+    images, target = batch()
+    with torch.no_grad():
+        expected = average(images)
+        net.get_buffer(SCALES).fill_(0.1)
+        task(images, target)
+        assert torch.equal(average(images), expected)
+        average.get_buffer(SCALES).fill_(0.1)
+        assert not torch.allclose(average(images), expected)
 
 
 def test_networks_without_groups_are_refused():

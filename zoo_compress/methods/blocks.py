@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import CompressError
 from ..surgery.blocks import Block, remove_blocks, residual_blocks
-from .selection import SelectionConfig
+from .selection import Factors, SelectionConfig
 
 
 class BlocksConfig(SelectionConfig):
@@ -21,12 +21,9 @@ class BlocksConfig(SelectionConfig):
     def count(self, model: nn.Module) -> int:
         return len(blocks_of(model))
 
-    def attach(self, net: nn.Module, factors: Callable[[nn.Module], Tensor]) -> list[RemovableHandle]:
-        def scale(index: int) -> Any:
-            return lambda module, args, out: out * factors(module)[index]
-
+    def attach(self, net: nn.Module, factors: Factors) -> list[RemovableHandle]:
         ends = [(end, index) for index, block in enumerate(blocks_of(net)) for end in block.ends]
-        return [net.get_submodule(end).register_forward_hook(scale(index)) for end, index in ends]
+        return [net.get_submodule(end).register_forward_hook(partial(_scale, factors, index)) for end, index in ends]
 
     def select(self, net: nn.Module, factors: Tensor) -> nn.Module:
         gone = []
@@ -38,6 +35,10 @@ class BlocksConfig(SelectionConfig):
                 for parameter in net.get_submodule(end).parameters():
                     parameter.mul_(factor)
         return remove_blocks(net, gone)
+
+
+def _scale(factors: Factors, index: int, module: nn.Module, args: Any, out: Tensor) -> Tensor:
+    return out * factors(module)[index]
 
 
 def blocks_of(model: nn.Module) -> list[Block]:

@@ -7,8 +7,9 @@ that read these channels see them times the factor, and have it in their weights
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -24,7 +25,7 @@ from ..structure.widths import groups
 from ..surgery.layers import dense_layers
 from ..surgery.resize import resize
 from ..surgery.trace import analyze
-from .selection import SelectionConfig
+from .selection import Factors, SelectionConfig
 
 
 @dataclass(frozen=True)
@@ -50,18 +51,11 @@ class GroupsConfig(SelectionConfig):
     def count(self, model: nn.Module) -> int:
         return sum(grouped.size for grouped in groups_of(model, analyze(model)))
 
-    def attach(self, net: nn.Module, factors: Callable[[nn.Module], Tensor]) -> list[RemovableHandle]:
-        def scale(start: int, places: np.ndarray) -> Any:
-            def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-                given, *rest = args
-                return given * _of_inputs(factors(module)[start:], places, module), *rest
-
-            return hook
-
+    def attach(self, net: nn.Module, factors: Factors) -> list[RemovableHandle]:
         handles, start = [], 0
         for grouped in groups_of(net, analyze(net)):
             for path, places in grouped.readers.items():
-                handles.append(net.get_submodule(path).register_forward_pre_hook(scale(start, places)))
+                handles.append(net.get_submodule(path).register_forward_pre_hook(partial(_scale, factors, start, places)))
             start += grouped.size
         return handles
 
@@ -76,6 +70,11 @@ class GroupsConfig(SelectionConfig):
             kept[grouped.axis] = found if len(found) else np.array([int(own.abs().argmax())])
             start += grouped.size
         return resize(net, layout, kept)
+
+
+def _scale(factors: Factors, start: int, places: np.ndarray, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    given, *rest = args
+    return given * _of_inputs(factors(module)[start:], places, module), *rest
 
 
 def _of_inputs(factors: Tensor, places: np.ndarray, layer: Any) -> Tensor:

@@ -7,7 +7,8 @@ proximal gradient in the form of the paper's equation 10; the factors of parts t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import copy
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import torch
@@ -23,6 +24,26 @@ from ..training.task import MethodConfig, MethodTask
 
 SCALES, VELOCITY = "structure_scales", "structure_velocity"
 """Names of the buffers that a network has while its parts are selected."""
+
+
+class Factors:
+    """The factors of a network, as its hooks ask for them. A copy of the network has its own, if its hooks hold this where copies reach it.
+
+    Attributes:
+        net: The network.
+        leaf: What collects gradients in training.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net
+        self.leaf: Tensor | None = None
+
+    def __call__(self, module: nn.Module) -> Tensor:
+        """The factors now, (parts,), for a module that is running."""
+        return self.leaf if self.leaf is not None and module.training else self.net.get_buffer(SCALES)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Factors:
+        return Factors(copy.deepcopy(self.net, memo))
 
 
 class SelectionConfig(MethodConfig):
@@ -48,12 +69,13 @@ class SelectionConfig(MethodConfig):
         """
         raise NotImplementedError
 
-    def attach(self, net: nn.Module, factors: Callable[[nn.Module], Tensor]) -> list[RemovableHandle]:
+    def attach(self, net: nn.Module, factors: Factors) -> list[RemovableHandle]:
         """Multiply each part with its factor whenever the network runs, by hooks.
 
         Args:
             net: The network.
-            factors: Gives the factors (parts,) to a module that is running.
+            factors: Gives the factors (parts,) to a module that is running. Hooks are partials with it, not closures: copies of the
+                network, such as its average, are to run with their own.
         """
         raise NotImplementedError
 
@@ -94,8 +116,8 @@ class SelectionTask(MethodTask):
         self.config = config
         if not hasattr(self.net, SCALES):
             raise CompressError(f"SelectionTask: expected a network made by {type(config).__name__}.wrap, found one without factors")
-        self._current: Tensor | None = None
-        self._handles: list[Any] = config.attach(self.net, self._factors)
+        self.factors = Factors(self.net)
+        self._handles: list[Any] = config.attach(self.net, self.factors)
         self._attached = False
 
     @property
@@ -103,11 +125,8 @@ class SelectionTask(MethodTask):
         """The factors now, (parts,)."""
         return self.net.get_buffer(SCALES)
 
-    def _factors(self, module: nn.Module) -> Tensor:
-        return self._current if self._current is not None and module.training else self.scales
-
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        self._current = self.scales.detach().clone().requires_grad_()
+        self.factors.leaf = self.scales.detach().clone().requires_grad_()
         return self.task(input, target)
 
     def start_epoch(self, epoch: int, epochs: int, optimizer: torch.optim.Optimizer, steps: int = 1) -> None:
@@ -121,13 +140,14 @@ class SelectionTask(MethodTask):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._current = None
+        self.factors.leaf = None
 
     @torch.no_grad()
     def _step(self, lr: float) -> None:
-        if self._current is None or self._current.grad is None:
+        leaf = self.factors.leaf
+        if leaf is None or leaf.grad is None:
             return
-        gradient, self._current = self._current.grad, None
+        gradient, self.factors.leaf = leaf.grad, None
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(gradient)
             gradient /= dist.get_world_size()
