@@ -81,6 +81,33 @@ def test_the_step_is_accelerated_proximal_gradient():
         torch.testing.assert_close(task.scales, torch.tensor(factors))
 
 
+def test_gradients_add_up_until_the_step():
+    """Halves of a batch, with half the loss each, move factors as the whole does; so do they with one backward pass for both."""
+    images, target = batch()
+    halves = list(zip(images.chunk(2), target.chunk(2), strict=True))
+
+    def apart(task):
+        for half in halves:
+            (task(*half)["loss"] / 2).backward()
+
+    ways = {
+        "whole": lambda task: task(images, target)["loss"].backward(),
+        "apart": apart,
+        "together": lambda task: sum(task(*half)["loss"] / 2 for half in halves).backward(),
+    }
+    found = {}
+    for name, backward in ways.items():
+        _, task, optimizer = start(BlocksConfig(penalty=1e-4))
+        for _ in range(2):
+            optimizer.zero_grad()
+            backward(task)
+            optimizer.step()
+        found[name] = task.scales
+    assert not torch.equal(found["whole"], torch.ones(3))
+    torch.testing.assert_close(found["apart"], found["whole"])
+    torch.testing.assert_close(found["together"], found["whole"])
+
+
 def test_what_the_penalty_switches_off_is_removed():
     config = BlocksConfig(penalty=50.0)
     net, task, optimizer = start(config)

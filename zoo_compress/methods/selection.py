@@ -31,7 +31,7 @@ class Factors:
 
     Attributes:
         net: The network.
-        leaf: What collects gradients in training.
+        leaf: What collects gradients in training until the next step; the network's own values.
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -126,7 +126,8 @@ class SelectionTask(MethodTask):
         return self.net.get_buffer(SCALES)
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        self.factors.leaf = self.scales.detach().clone().requires_grad_()
+        if self.factors.leaf is None:  # one until the next step, which adds up the gradients of several batches as parameters do
+            self.factors.leaf = self.scales.detach().requires_grad_()
         return self.task(input, target)
 
     def start_epoch(self, epoch: int, epochs: int, optimizer: torch.optim.Optimizer, steps: int = 1) -> None:
