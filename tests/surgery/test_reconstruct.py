@@ -258,3 +258,49 @@ def test_statistics_follow_the_removal():
     old_mean, old_var = old_mean[[1, 4, 5]], old_var[[1, 4, 5]]
     torch.testing.assert_close(small.norm.running_var / stored_var, new_var / old_var)
     torch.testing.assert_close((small.norm.running_mean - stored_mean) / stored_var.sqrt(), (new_mean - old_mean) / old_var.sqrt())
+
+
+@pytest.mark.parametrize("stored", [1.0, 8.0])
+def test_a_channel_that_is_dead_on_the_images_keeps_its_statistics(stored):
+    """It may be alive on others: neither is divided by the nothing that it varies here, nor is its variance nothing."""
+    model = shifted(Net(kernel_size=1)).eval()
+    with torch.no_grad():
+        model.second.weight[1] = 0
+        model.second.weight[4, 5:] = 0
+        model.second.weight[4, :5] *= 1e-6  # hardly alive, and the more so without some inputs
+    model.norm.running_var[[1, 4]] = stored
+    layout = zc.analyze(model, torch.randn(2, 3, 9, 9))
+    widths = {layout.params["first.weight"][0]: np.array([2, 5, 6])}
+    small = zc.resize(model, layout, widths)
+    follow_(small, model, layout, widths, batches())
+    for key in ("running_mean", "running_var"):
+        found, before = (getattr(m.norm, key) for m in (small, model))
+        assert torch.equal(found[[1, 4]], before[[1, 4]])
+        assert (found != before)[[0, 2, 3, 5]].all(), "the others follow"
+
+
+def test_a_channel_that_dies_with_the_removal_keeps_its_variance():
+    """What it gave on average stays right; whatever wakes it on other images is scaled as before."""
+    model = shifted(Net(kernel_size=1)).eval()
+    with torch.no_grad():
+        model.second.weight[1, :5] = 0
+    layout = zc.analyze(model, torch.randn(2, 3, 9, 9))
+    widths = {layout.params["first.weight"][0]: np.arange(5)}
+    small = zc.resize(model, layout, widths)
+    images = batches()
+    follow_(small, model, layout, widths, images)
+    assert small.norm.running_var[1] == model.norm.running_var[1]
+    before = estimate(model, images)
+    shift = before["norm.running_mean"][1] * (model.norm.running_var[1] / before["norm.running_var"][1]).sqrt()
+    torch.testing.assert_close(small.norm.running_mean[1], model.norm.running_mean[1] - shift)
+
+
+@pytest.mark.parametrize("change", [lambda m, x: zc.prune(m, macs=0.8, reconstruct=x), lambda m, x: zc.factorize(m, macs=0.8, data=x)])
+def test_a_model_with_a_dead_channel_stays_finite(change):
+    model = timm.create_model("test_efficientnet", num_classes=10).eval()
+    block = next(m for m in model.modules() if hasattr(m, "conv_dw"))
+    block.bn2.running_var[:4] = 8
+    images = batches(1, 8, (3, 64, 64))
+    with torch.no_grad():
+        block.conv_dw.weight[:4] = 0
+        assert change(model, images).eval()(images[0]).isfinite().all()

@@ -24,6 +24,11 @@ E = TypeVar("E", bound=Elastic)
 Statistics = dict[str, torch.Tensor]
 """Name of a buffer (`bn1.running_mean`, `bn1.running_var`) → its value."""
 
+# A channel that varies as on the training data at a share p of the positions, and not at all at others, has p times the stored variance.
+# A few hundred images have some ten thousand positions in late layers: below this they show one of them, and one value has no variance.
+STILL = 1e-4
+"""A variance on images below this part of the stored one says nothing of it: the channel is dead on them, or all but dead."""
+
 
 @overload
 def calibrate(model: Module, data: Iterable[object], /) -> Module: ...
@@ -106,7 +111,8 @@ def follow_(resized: nn.Module, model: nn.Module, layout: Layout, widths: Widths
 
     Both models are run on the same images. The stored means move by the difference of the two estimates, in units of the stored deviation;
     the stored variances by their ratio. So what a few images get wrong about the data falls out, and a model that nothing was removed from
-    keeps its statistics to the bit.
+    keeps its statistics to the bit. A channel that is dead on the images before keeps its own too: there is nothing to measure a change in.
+    One that is dead on them only after keeps its variance, or whatever wakes it later would be blown up.
 
     Args:
         resized: What `resize(model, layout, widths)` made, its weights perhaps reconstructed since.
@@ -127,10 +133,13 @@ def follow_(resized: nn.Module, model: nn.Module, layout: Layout, widths: Widths
         if not name.endswith("running_var"):
             continue
         mean = f"{name.removesuffix('var')}mean"
-        variance, old = kept(name, stored[name]), kept(name, before[name]).clamp_min(torch.finfo(new.dtype).tiny)
-        changed[name] = variance * (new / old)
+        variance, old = kept(name, stored[name]), kept(name, before[name])
+        alive = old > STILL * variance
+        changed[name] = torch.where(alive & (new > STILL * variance), variance * (new / old), variance)
         if mean in after:
-            changed[mean] = kept(mean, stored[mean]) + (after[mean] - kept(mean, before[mean])) * (variance / old).sqrt()
+            centre = kept(mean, stored[mean])
+            moved = centre + (after[mean] - kept(mean, before[mean])) * (variance / old).sqrt()
+            changed[mean] = torch.where(alive, moved, centre)
     _write(resized, changed)
 
 
