@@ -93,6 +93,42 @@ def test_moments_of_tokens(monkeypatch):
     assert gather(model, layout, images)["blocks.0.mlp.fc2.weight"].rows == [40, 40]
 
 
+class Windows(nn.Module):
+    """Looks at images in four windows, each a sample in the batch; beside it a layer reads a table that has nothing to do with images."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(3, 6)
+        self.mix = nn.Linear(6, 6)
+        self.table = nn.Sequential(nn.Linear(2, 6), nn.Linear(6, 1))
+        self.register_buffer("places", torch.randn(5, 2))
+        self.head = nn.Linear(6, 5)
+        self.num_classes = 5
+
+    def forward(self, x):
+        x = self.embed(x.movedim(1, -1)).relu()
+        windows = x.unflatten(1, (2, 4)).unflatten(3, (2, 4)).transpose(2, 3).flatten(0, 2)  # (batch × windows, 4, 4, channels)
+        windows = self.mix(windows) + self.table(self.places).sum()
+        return self.head(windows.unflatten(0, (len(x), 4)).mean((1, 2, 3)))
+
+
+def test_moments_are_of_all_windows(monkeypatch):
+    """And of every image as many positions, and of a layer that no image reaches all it reads."""
+    model = Windows().eval()
+    images = batches(2, 4, (3, 8, 8))
+    layout = zc.analyze(model, torch.randn(2, 3, 8, 8))
+    found = gather(model, layout, images)
+    rows = inputs_of(model, model.mix, images).reshape(8, 64, 6)
+    for half in range(2):
+        z = F.pad(rows[half::2].flatten(0, 1), (0, 1), value=1.0)
+        torch.testing.assert_close(found["mix.weight"].sums[half, 0], z.T @ z, rtol=1e-4, atol=1e-3)
+    assert found["mix.weight"].rows == [256, 256]
+    table = F.pad(inputs_of(model, model.table[1], images), (0, 1), value=1.0)
+    torch.testing.assert_close(found["table.1.weight"].sums.sum(0)[0], table.T @ table, rtol=1e-4, atol=1e-3)
+    monkeypatch.setattr(moments_module, "ROWS", 80)
+    assert gather(model, layout, images)["mix.weight"].rows == [40, 40]
+
+
 def test_inputs_that_hardly_differ_from_their_mean_have_a_covariance():
     """Sums in single precision leave other things than covariances of such inputs: what is added before inverting makes up for it."""
     torch.manual_seed(0)

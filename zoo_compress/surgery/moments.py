@@ -165,7 +165,7 @@ class _Watch(TorchFunctionMode):
                 mean = args[1] if func is F.batch_norm and len(args) > 1 else None
                 self._readers.setdefault(layer, set()).add(self._names.get(id(mean)))
         if func in _UNFOLDS:
-            self._look(result, *_UNFOLDS[func](*args, **kwargs))
+            self._look(result, *_UNFOLDS[func](self._batch, *args, **kwargs))
         return result
 
     def _look(
@@ -177,7 +177,7 @@ class _Watch(TorchFunctionMode):
         chosen = torch.arange(positions)
         if positions > self._positions:
             chosen = torch.randperm(positions, generator=self._generator)[: self._positions]
-        inputs = rows(self._batch, chosen)  # (batch, positions, groups, columns)
+        inputs = rows(chosen)  # (batch, positions, groups, columns)
         _, _, groups, columns = inputs.shape
         moments = self.found.get(name)
         if moments is None:
@@ -200,22 +200,19 @@ class _Watch(TorchFunctionMode):
             output.register_hook(add)
 
 
-Rows = Callable[[int, torch.Tensor], torch.Tensor]
-"""(Images in the batch, positions) → inputs there, (batch, positions, groups, columns)."""
+Rows = Callable[[torch.Tensor], torch.Tensor]
+"""Positions → inputs there, (batch, positions, groups, columns)."""
 
 
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> tuple[Any, ...]:
-    flat = x.reshape(-1, x.shape[-1])
-
-    def rows(batch: int, chosen: torch.Tensor) -> torch.Tensor:
-        # Windows and the like are cut out image by image; where rows don't divide among images, each is a sample of its own.
-        samples = flat.reshape(batch, -1, 1, flat.shape[1]) if len(flat) % batch == 0 else flat[:, None, None]
-        return samples[:, chosen[chosen < samples.shape[1]]]
-
-    return weight, bias, -1, max(1, x.numel() // (x.shape[-1] * x.shape[0])), rows
+def _linear(images: int, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> tuple[Any, ...]:
+    flat = x.reshape(-1, 1, x.shape[-1])
+    # Windows and the like are cut out image by image; where rows don't divide among images, each is a sample of its own.
+    samples = flat.unflatten(0, (images, -1)) if len(flat) % images == 0 else flat[:, None]
+    return weight, bias, -1, samples.shape[1], lambda chosen: samples[:, chosen]
 
 
 def _convolution(
+    images: int,
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
@@ -234,7 +231,7 @@ def _convolution(
     spatial = x.shape[2:]
     out = [(n + sum(side) - r - 1) // s + 1 for n, side, r, s in zip(spatial, sides, reach, stride, strict=True)]
 
-    def rows(batch: int, chosen: torch.Tensor) -> torch.Tensor:
+    def rows(chosen: torch.Tensor) -> torch.Tensor:
         padded = F.pad(x.detach(), [amount for side in reversed(sides) for amount in side])
         places = [place * s for place, s in zip(torch.unravel_index(chosen, out), stride, strict=True)]
         taps = [
@@ -253,4 +250,5 @@ _UNFOLDS: dict[Any, Callable[..., tuple[Any, ...]]] = {
     F.conv2d: _convolution,
     F.conv3d: _convolution,
 }
-"""Function → what it reads: weight, bias, the output's channel dimension, number of positions per image, and `Rows`."""
+"""Function → what it reads, given the number of images and its arguments: weight, bias, the output's channel dimension, number of positions
+per image, and `Rows`."""
