@@ -170,6 +170,14 @@ class TestSparsify:
         with pytest.raises(CompressError, match=r"density: expected less than the 0\.2 that is left"):
             zc.sparsify(twice, density=0.3)
 
+    def test_a_layer_with_fewer_left_than_its_share_keeps_those(self, model):
+        once = zc.sparsify(model, density=0.5)
+        first, second = masks_of(once), masks_of(zc.sparsify(once, density=0.45, scope="local"))
+        for name, mask in second.items():
+            assert (mask <= first[name]).all(), "what is removed stays so"
+            assert int(mask.sum()) == min(int(first[name].sum()), round(0.45 * mask.numel()))
+        assert density(second) < 0.45
+
     def test_layers_without_weights_are_named(self, model, caplog):
         with torch.no_grad():
             (model := copy.deepcopy(model)).get_parameter("layer4.0.conv1.weight").mul_(1e-6)

@@ -47,6 +47,18 @@ def test_local_masks_keep_the_same_of_each(scores):
     assert all(mask.sum() == 1 for mask in keep_best(scores, 1e-9, "local").values())
 
 
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_what_is_removed_is_not_kept_for_want_of_others(scores, scope):
+    within = full(scores)
+    within["conv.weight"].flatten()[100:] = False
+    within["fc.weight"][:] = False
+    masks = keep_best(scores, 0.9, scope, within)
+    assert torch.equal(masks["conv.weight"], within["conv.weight"])
+    assert not masks["fc.weight"].any()
+    stem = masks["stem.weight"]
+    assert int(stem.sum()) == (round(0.9 * stem.numel()) if scope == "local" else stem.numel())
+
+
 def test_equal_scores_keep_the_first(scores):
     masks = keep_best({name: torch.zeros_like(score) for name, score in scores.items()}, 0.5, "local")
     for mask in masks.values():

@@ -54,6 +54,15 @@ def test_every_so_many_steps_and_at_the_end(make_model):
     assert densities[-1] == pytest.approx(0.1, abs=1e-3)
 
 
+def test_a_layer_with_fewer_left_than_its_share_gets_none_back(make_model):
+    net = zc.sparsify(make_model(), density=0.5)
+    first = masks_of(net)
+    task, _ = run(net, GradualConfig(density=0.45, every=1, scope="local"), steps=4)
+    for name, mask in task.masks.items():
+        assert (mask <= first[name]).all()
+        assert int(mask.sum()) == min(int(first[name].sum()), round(0.45 * mask.numel()))
+
+
 @pytest.mark.parametrize("how", ["gradient", "random"])
 @pytest.mark.parametrize("scope", ["global", "local"])
 def test_replaced_weights_keep_the_density(make_model, how, scope):

@@ -34,7 +34,8 @@ class GradualConfig(MethodConfig):
         start: part of the training after which removing begins.
         end: part of the training after which no weight is removed or replaced any more.
         every: steps from one removal to the next.
-        scope: `global` ranks all weights together, `local` those of each layer.
+        scope: `global` ranks all weights together, `local` those of each layer. A layer of a sparse model that has fewer left than its
+            fraction keeps those, unless some are replaced: the density is then below the one asked for.
         exclude: patterns of parameter names to leave alone.
         regrow: fraction of the weights left that is replaced each time at first; it falls to 0 along a cosine.
         regrow_by: what replaces them: those of the largest `gradient` (RigL), or `random` ones (SET).

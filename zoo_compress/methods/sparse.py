@@ -85,7 +85,7 @@ def sparsify(
             weights of an output (but no classes). `N:M`, such as `2:4`, keeps N of every M weights that follow each other along the
             inputs, and takes no density; layers whose inputs are no multiple of M stay as they are.
         scope: `global` ranks all weights together, which may leave none of a layer (a warning says so); `local` keeps the same fraction
-            of each.
+            of each. A layer of a sparse model that has fewer left keeps those: the density is then below the one asked for.
         criterion: `magnitude`, `random`, `synflow`; with data `snip`, `grasp`, `gradient`, `obd`. See `saliency.SALIENCIES`.
         rounds: In how many rounds to remove them, scores being worked out anew for what is left; 1 unless given, for synflow 100.
         exclude: Patterns of parameter names to leave alone. The classifier is not, unless it is named here.

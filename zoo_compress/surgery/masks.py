@@ -76,7 +76,7 @@ def remaining(masks: Mapping[str, Tensor]) -> int:
 
 
 def best(scores: Tensor, count: int) -> Tensor:
-    """Booleans (n,): the `count` highest of some scores (n,); of equal ones the first.
+    """Booleans (n,): the `count` highest of some scores (n,); of equal ones the first, of -inf none.
 
     Raises:
         CompressError: If a score is not a number.
@@ -88,7 +88,7 @@ def best(scores: Tensor, count: int) -> Tensor:
         least = scores.kthvalue(len(scores) - min(count, len(scores)) + 1).values
         chosen = scores > least
         chosen[(scores == least).nonzero()[: count - int(chosen.sum()), 0]] = True
-    return chosen
+    return chosen & (scores > -torch.inf)
 
 
 def keep_best(scores: Mapping[str, Tensor], density: float, scope: str = "global", within: Mapping[str, Tensor] | None = None) -> Masks:
@@ -98,7 +98,8 @@ def keep_best(scores: Mapping[str, Tensor], density: float, scope: str = "global
         scores: Name → scores of a parameter's elements.
         density: Fraction of the elements to keep.
         scope: `global` ranks all together, `local` keeps the same fraction of each parameter (at least one element).
-        within: Masks whose removed elements stay removed.
+        within: Masks whose removed elements stay removed. A parameter with fewer left than its fraction keeps these, and others don't make
+            up for it: in the local scope fewer may be kept than `density` says.
     """
     if scope == "local":
         return {
