@@ -178,6 +178,21 @@ class TestSparsify:
             assert int(mask.sum()) == min(int(first[name].sum()), round(0.45 * mask.numel()))
         assert density(second) < 0.45
 
+    @pytest.mark.parametrize("pattern", ["kernel", "channel"])
+    @pytest.mark.parametrize("scope", ["global", "local"])
+    def test_units_of_a_sparse_model_count_with_what_is_left_of_them(self, model, pattern, scope):
+        """And those of which nothing is left count nothing."""
+        once = zc.sparsify(model, density=0.7, pattern=pattern, scope=scope)
+        once = zc.sparsify(once, density=0.5, scope=scope, exclude=["fc.weight"] if pattern == "channel" else [])
+        again = zc.sparsify(once, density=0.4, pattern=pattern, scope=scope)
+        first = masks_of(once, again._model_args["variant"]["packed"])
+        second = {name: masks_of(again)[name] for name in first}
+        assert 0.39 < density(second) <= 0.4
+        for name, mask in second.items():
+            units = mask.flatten(1 if pattern == "channel" else 2) if mask.ndim > 2 else mask[..., None]
+            whole = first[name].view(units.shape)
+            assert torch.equal(units, whole & units.any(-1, keepdim=True)), "whole units go, and nothing comes back"
+
     def test_layers_without_weights_are_named(self, model, caplog):
         with torch.no_grad():
             (model := copy.deepcopy(model)).get_parameter("layer4.0.conv1.weight").mul_(1e-6)

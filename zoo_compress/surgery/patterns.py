@@ -33,7 +33,7 @@ def check_pattern(pattern: str | None) -> tuple[int, int] | None:
 def keep_units(
     scores: Mapping[str, Tensor], density: float, scope: str, pattern: str | None, within: Mapping[str, Tensor] | None = None
 ) -> Masks:
-    """Masks of the highest scores that keep or remove units as a whole; a unit's score is the mean of its weights'.
+    """Masks of the highest scores that keep or remove units as a whole; a unit's score is the mean of its weights', 0 for removed ones.
 
     Args:
         scores: Name → scores of a weight (outputs, inputs, …).
@@ -75,22 +75,26 @@ def keep_n_of_m(scores: Mapping[str, Tensor], n: int, m: int, within: Mapping[st
 
 def _units(scores: Mapping[str, Tensor], density: float, dims: int, within: Mapping[str, Tensor] | None) -> Masks:
     """As many of the best units as fit a fraction of all weights, at least one."""
-    names = list(scores)
-    mean = [_alive(scores[name], within, name).flatten(dims).mean(-1) if scores[name].ndim > dims else scores[name] for name in names]
+    alive = {name: torch.ones_like(score, dtype=torch.bool) if within is None else within[name] for name, score in scores.items()}
+    left, mean = [], []
+    for name, score in scores.items():
+        mask = _by_unit(alive[name].to(score.device), dims)
+        left.append(mask.sum(-1))
+        mean.append(torch.where(mask, _by_unit(score, dims), 0).mean(-1).where(left[-1] > 0, -torch.inf))
     flat = torch.cat([unit.flatten() for unit in mean])
-    sizes = torch.cat([torch.full((unit.numel(),), scores[name].numel() // unit.numel()) for name, unit in zip(names, mean, strict=True)])
+    # A unit counts with what is left of it: what it lost before is saved already.
+    sizes = torch.cat([count.flatten() for count in left]).cpu()
     order = flat.argsort(descending=True, stable=True).cpu()
-    fitting = int((sizes[order].cumsum(0) <= density * int(sizes.sum())).sum())
+    fitting = int((sizes[order].cumsum(0) <= density * sum(score.numel() for score in scores.values())).sum())
     chosen = torch.zeros(len(flat), dtype=torch.bool)
     chosen[order[: max(1, fitting)]] = True
     out = {}
-    for name, unit, part in zip(names, mean, chosen.split([unit.numel() for unit in mean]), strict=True):
+    for name, unit, part in zip(scores, mean, chosen.split([unit.numel() for unit in mean]), strict=True):
         kept = part.view(unit.shape).reshape(*unit.shape, *[1] * (scores[name].ndim - unit.ndim))
-        out[name] = kept.expand(scores[name].shape).clone()
-        if within is not None:
-            out[name] &= within[name].cpu()
+        out[name] = kept & alive[name].cpu()
     return out
 
 
-def _alive(scores: Tensor, within: Mapping[str, Tensor] | None, name: str) -> Tensor:
-    return scores if within is None else torch.where(within[name].to(scores.device), scores, 0)
+def _by_unit(values: Tensor, dims: int) -> Tensor:
+    """(units…, weights of each), where the first few dimensions tell units apart."""
+    return values.flatten(dims) if values.ndim > dims else values.unsqueeze(-1)
