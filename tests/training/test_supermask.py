@@ -57,6 +57,34 @@ def test_the_gradient_of_a_score_is_its_weight_times_the_masks(make_model):
     assert torch.equal(weight != 0, kept)
 
 
+def test_any_memory_format_has_the_same_scores(make_model):
+    nets = [make_model(), make_model().to(memory_format=torch.channels_last)]
+    found = []
+    for net in nets:
+        torch.manual_seed(1)
+        found.append(SupermaskConfig(density=0.3).wrap(net).state_dict())
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+    nets[1](torch.randn(2, 1, 16, 16)).sum().backward()
+    assert nets[1].conv1[0].parametrizations.weight[0].scores.grad.any()
+
+
+def test_a_model_whose_scores_cannot_be_made_stays_as_it_was(make_model, monkeypatch):
+    model, before, made = make_model(), make_model().state_dict(), []
+
+    def fail(scores, **kwargs):
+        made.append(scores)
+        if len(made) == 3:
+            raise RuntimeError("out of memory")
+        return scores
+
+    monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        SupermaskConfig().wrap(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not any(parametrize.is_parametrized(module) for module in model.modules())
+
+
 def test_resumes_to_the_same_bits(make_model, make_loaders, tmp_path):
     def stop(line):
         raise KeyboardInterrupt

@@ -45,6 +45,7 @@ class SupermaskConfig(MethodConfig):
     def wrap(self, model: nn.Module) -> nn.Module:
         refuse_packed(model, "supermask")
         weights = layer_weights(model)
+        parts = {name: _Subnetwork(weight, self.density) for name, weight in weights.items()}
         model.requires_grad_(False)
         with torch.no_grad():
             for path in statistics(model):
@@ -55,7 +56,7 @@ class SupermaskConfig(MethodConfig):
                 with torch.no_grad():
                     weight.copy_(weight.sign() * math.sqrt(2 / weight[0].numel()))
             path, _, key = name.rpartition(".")
-            parametrize.register_parametrization(model.get_submodule(path), key, _Subnetwork(weight, self.density), unsafe=True)
+            parametrize.register_parametrization(model.get_submodule(path), key, parts[name], unsafe=True)
         return model
 
     def task(self, task: TrainingTask, seed: int) -> MethodTask:
@@ -80,7 +81,7 @@ class _Subnetwork(nn.Module):
 
     def __init__(self, weight: Tensor, density: float) -> None:
         super().__init__()
-        self.scores = nn.Parameter(torch.empty_like(weight))
+        self.scores = nn.Parameter(torch.empty_like(weight, memory_format=torch.contiguous_format))
         nn.init.kaiming_uniform_(self.scores.view(len(weight), -1), a=math.sqrt(5))
         self.count = max(1, round(density * weight.numel()))
 
