@@ -25,6 +25,22 @@ def vit():
     return timm.create_model("test_vit", num_classes=10).eval()
 
 
+@pytest.mark.parametrize(("name", "dtype"), [("test_vit", torch.bfloat16), ("test_resnet", torch.float16), ("test_resnet", torch.bfloat16)])
+def test_a_model_of_any_precision_bears_what_it_bears_in_single(name, dtype):
+    """Its rounding is no reason to leave a layer; what comes of it is in its precision."""
+    model = timm.create_model(name, num_classes=10).eval()
+    plan = zc.plan_factorize(model, macs=0.8, scope="local")
+    images = torch.randn(4, *model.pretrained_cfg["input_size"])
+    model.to(dtype)
+    for data in (None, [images]):
+        half = zc.plan_factorize(model, macs=0.8, scope="local", data=data)
+        assert (half.factors.keys(), half.left) == (plan.factors.keys(), plan.left)
+    small = zc.factorize(model, macs=0.8, data=[images]).eval()
+    assert {p.dtype for p in small.parameters()} == {dtype}
+    with torch.no_grad():
+        assert small(images.to(dtype)).isfinite().all()
+
+
 @pytest.mark.parametrize("kind", ["macs", "params"])
 @pytest.mark.parametrize("scope", ["global", "local"])
 @pytest.mark.parametrize("share", [0.8, 0.6])

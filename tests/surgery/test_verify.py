@@ -31,6 +31,14 @@ def test_every_consumer_must_be_named(resnet):
         zc.verify(model, changed(layout, name, 1, str(layout.axes[axis].size)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_rounding_of_half_precision_disproves_nothing(resnet, dtype):
+    _, layout = resnet
+    half = timm.create_model("test_resnet").to(dtype).eval()
+    assert zc.verify(half, layout).permutation_error < 1e-6
+    assert {p.dtype for p in half.parameters()} == {dtype}
+
+
 def test_unrelated_axes_must_not_be_merged(resnet):
     model, layout = resnet
     name = next(n for n, dims in layout.params.items() if n.endswith("conv2.weight"))

@@ -113,12 +113,22 @@ def _movable(layout: Layout) -> list[str]:
 
 
 def randomised(model: nn.Module, shape: tuple[int, ...], seed: int, *, double: bool) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
-    """A randomised copy in eval mode, an input for it and its output; with `double`, in double precision if the model runs in it."""
+    """A randomised copy in eval mode, an input for it and its output; with `double`, in double precision if the model runs in it.
+
+    A model of less than single precision, whose rounding would hide everything, is looked at in single precision if it runs in that.
+    """
     generator = torch.Generator().manual_seed(seed)
     image = torch.randn(shape, generator=generator)
     subject = copied(model).cpu().eval().requires_grad_(False)
     randomise_(subject, generator)
     parameter = next((p for p in subject.parameters() if p.is_floating_point()), None)
+    if parameter is not None and parameter.dtype in (torch.float16, torch.bfloat16):
+        single = copied(subject).float()
+        try:
+            run_flat(single, image)
+            subject, parameter = single, next(p for p in single.parameters() if p.is_floating_point())
+        except RuntimeError:  # a model that mixes dtypes runs in its own only
+            clear_caches(subject)
     if double:
         _settle(subject, generator, shape)
     if double and (parameter is None or parameter.dtype in (torch.float32, torch.float64)):
