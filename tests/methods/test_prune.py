@@ -66,6 +66,15 @@ def test_criteria_that_need_data_say_so(model, layout, criterion):
         zc.prune(model, macs=0.6, criterion=criterion, layout=layout, data=[1, 2])
 
 
+@pytest.mark.parametrize("criterion", ["taylor", "hessian"])
+def test_images_need_not_be_in_the_precision_of_the_model(criterion):
+    model = timm.create_model("test_resnet", num_classes=10).bfloat16()
+    images, target = torch.randn(4, 3, 64, 64), torch.arange(4)
+    small, same = (zc.prune(model, macs=0.7, criterion=criterion, data=[(x, target)]) for x in (images, images.bfloat16()))
+    assert {p.dtype for p in small.parameters()} == {torch.bfloat16}
+    assert all(torch.equal(value, same.state_dict()[name]) for name, value in small.state_dict().items())
+
+
 @pytest.mark.parametrize("criterion", ["l1", "l2", "lamp", "fpgm", "bn_scale", "taylor", "hessian"])
 def test_scores_are_torch_prunings(criterion):
     """On a residual network, the groups written from the layout score exactly as those torch-pruning finds itself."""

@@ -227,6 +227,26 @@ class TestSparsify:
             small = zc.sparsify(net, density=0.3, criterion=criterion, data=[(images, torch.arange(4))])
             assert density(masks_of(small)) == pytest.approx(0.3, abs=1e-3)
 
+    @pytest.mark.parametrize("criterion", ["snip", "grasp", "obd"])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    def test_images_need_not_be_in_the_precision_of_the_model(self, model, data, criterion, dtype):
+        net = copy.deepcopy(model).to(dtype)
+        small = zc.sparsify(net, density=0.3, criterion=criterion, data=data)
+        same = zc.sparsify(net, density=0.3, criterion=criterion, data=[(images.to(dtype), target) for images, target in data])
+        assert all(torch.equal(mask, masks_of(same)[name]) for name, mask in masks_of(small).items())
+
+    @pytest.mark.parametrize("criterion", ["snip", "grasp", "obd"])
+    @pytest.mark.parametrize(
+        ("batch", "found"),
+        [
+            ((torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1])), "torch.uint8 and torch.int64"),
+            ((torch.zeros(2, 3, 32, 32), [0, 1]), "torch.float32 and list"),
+        ],
+    )
+    def test_what_are_no_images_or_no_classes(self, model, criterion, batch, found):
+        with pytest.raises(CompressError, match=f"data: expected batches of .*: expected float images and class indices, found {found}"):
+            zc.sparsify(model, density=0.3, criterion=criterion, data=[batch])
+
     def test_reinitialising_keeps_the_mask(self, model):
         small = zc.sparsify(model, density=0.2)
         fresh = zc.reinitialize(small, seed=1)

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ..errors import CompressError
 from ..structure import terms
 from ..structure.layout import Layout, parse
+from ..surgery.images import fitting
 from ..surgery.modules import clear_caches, copied
 from ..surgery.modules import statistics as running
 
@@ -45,10 +46,27 @@ class Criterion:
     source: str = ""
 
 
+def fitted(model: nn.Module, data: Data, desc: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of images and class indices where a model is, the images in the precision of its weights.
+
+    Raises:
+        TypeError: If they are something else.
+    """
+    for images, target in tqdm(data, desc=desc, unit="batch", leave=False):
+        if not isinstance(images, torch.Tensor) or not images.is_floating_point() or not isinstance(target, torch.Tensor):
+            raise TypeError(f"expected float images and class indices, found {_kind(images)} and {_kind(target)}")
+        images = fitting(model, images)
+        yield images, target.to(images.device)
+
+
+def _kind(value: object) -> str:
+    return str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
+
+
 def gradient(model: nn.Module, data: Data) -> dict[str, torch.Tensor]:
     """Gradient of the cross-entropy, summed over batches."""
     model.zero_grad()
-    for images, target in tqdm(data, desc="gradients", unit="batch", leave=False):
+    for images, target in fitted(model, data, "gradients"):
         F.cross_entropy(model(images), target).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -57,7 +75,7 @@ def squared_gradient(model: nn.Module, data: Data) -> dict[str, torch.Tensor]:
     """Mean over samples of the squared gradient of each sample's cross-entropy: the diagonal of the empirical Fisher information."""
     total: dict[str, torch.Tensor] = {}
     samples = 0
-    for images, target in tqdm(data, desc="per-sample gradients", unit="batch", leave=False):
+    for images, target in fitted(model, data, "per-sample gradients"):
         for image, label in zip(images.split(1), target.split(1), strict=True):
             model.zero_grad()
             F.cross_entropy(model(image), label).backward()

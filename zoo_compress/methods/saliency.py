@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
 from ..errors import CompressError
 from ..surgery.modules import copied
 from ..surgery.trace import default_input
-from .criteria import Data, Statistic, gather, gradient, squared_gradient
+from .criteria import Data, Statistic, fitted, gather, gradient, squared_gradient
 
 Scores = dict[str, Tensor]
 """Name of a parameter → scores of its elements, of its shape."""
@@ -48,7 +47,7 @@ def hessian_gradient(model: nn.Module, data: Data) -> dict[str, Tensor]:
     batches = list(data)
 
     def losses() -> Iterable[Tensor]:
-        for images, target in tqdm(batches, desc="gradients", unit="batch", leave=False):
+        for images, target in fitted(model, batches, "gradients"):
             yield F.cross_entropy(model(images) / TEMPERATURE, target)
 
     total = [torch.zeros_like(p) for p in named.values()]
