@@ -122,6 +122,13 @@ def test_the_model_stays_as_it_was(model):
     assert not {t.data_ptr() for t in small.state_dict().values()} & {t.data_ptr() for t in model.state_dict().values()}
 
 
+@pytest.mark.parametrize("change", [lambda m: zc.factorize(m, macs=0.8), zc.separate], ids=["factorize", "separate"])
+def test_nothing_is_drawn_from_the_callers_generator(model, change):
+    before = torch.get_rng_state()
+    change(model)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_separable_convolutions_are_depthwise_and_pointwise(model):
     plan, small = zc.plan_separate(model), zc.separate(model)
     for path in plan.factors:

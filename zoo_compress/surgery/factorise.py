@@ -21,7 +21,7 @@ from ..structure.ranks import Candidate, Choice, allocate, cheapest, evenly, mee
 from ..structure.variant import Variant, record
 from .calibrate import follow_
 from .decompose import Seen, energy, fit, losses
-from .factors import pair, put, refused
+from .factors import pair, put, refused, undrawn
 from .images import image_batches
 from .layers import DenseLayer, dense_layers
 from .modules import copied, get_tensor
@@ -188,7 +188,8 @@ def apply_factors(model: nn.Module, plan: FactorPlan) -> nn.Module:
         layer: Any = model.get_submodule(path)
         seen = plan.moments.get(f"{path}.weight")
         found = fit(factor, layer.weight, None if seen is None else Seen.of(seen))
-        two = pair(layer, factor)
+        with undrawn(layer):
+            two = pair(layer, factor)
         with torch.no_grad():
             two[0].weight.copy_(found.first)
             two[1].weight.copy_(found.second)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -125,6 +126,11 @@ def replace_(model: nn.Module, factors: Mapping[str, Factor]) -> nn.Module:
     return model
 
 
+def undrawn(model: nn.Module) -> AbstractContextManager[None]:
+    """Within, layers may be made where a model is, whose random weights are replaced: for the caller's generators none was drawn."""
+    return torch.random.fork_rng(devices={parameter.device for parameter in model.parameters() if parameter.is_cuda})
+
+
 def put(model: nn.Module, path: str, module: nn.Module) -> None:
     """Replace the module at a path."""
     parent, _, name = path.rpartition(".")
@@ -192,9 +198,10 @@ def refused(model: nn.Module, factors: Mapping[str, Factor], example: torch.Tens
 
     paths = list(factors)
     if paths:
-        sift(paths, failing(paths))
-        rest = [path for path in paths if path not in out]
-        last = failing(rest) if out and rest else None
+        with undrawn(model):
+            sift(paths, failing(paths))
+            rest = [path for path in paths if path not in out]
+            last = failing(rest) if out and rest else None
         if last is not None:
             raise CompressError(f"factorize: {type(model).__name__} runs with each of its layers replaced, not with all of them: {last}")
     return out
