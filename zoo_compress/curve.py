@@ -14,9 +14,10 @@ from torch import nn
 from .errors import CompressError
 from .record import aligned
 from .structure.exits import Confidence, budgeted
-from .surgery.exits import ExitsModel, evaluating
+from .surgery.exits import ExitsModel
 from .surgery.images import fitting
 from .surgery.leaving import MEASURES
+from .surgery.modules import evaluating
 
 BUDGETS = (0.25, 0.5, 0.75, 1.0)
 """Average MACs of a sample, as fractions of the network's without heads."""

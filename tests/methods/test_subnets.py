@@ -1,5 +1,7 @@
 """The search finds sub-networks that meet the budget, and says of each what it is."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -45,6 +47,14 @@ def test_the_best_is_what_it_is_said_to_be(net, data, how, tmp_path):
     assert str(result).count("\n") == len(result.front)
     result.plot(tmp_path / "front.png")
     assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_module_keeps_its_mode(net, data):
+    net = copy.deepcopy(net).train()
+    net.layer1.eval()
+    modes = {path: module.training for path, module in net.named_modules()}
+    zc.search(net, macs=0.6, data=data, evaluations=2)
+    assert {path: module.training for path, module in net.named_modules() if path in modes} == modes
 
 
 def test_the_same_seed_finds_the_same(net, data):

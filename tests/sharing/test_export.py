@@ -1,5 +1,7 @@
 """Other formats and other people's code: outputs are the model's own."""
 
+import copy
+
 import numpy as np
 import onnx
 import pytest
@@ -66,6 +68,14 @@ def test_program(model, tmp_path):
     program = torch.export.load(tmp_path / "model.pt2").module()
     images = torch.randn(5, *model.pretrained_cfg["input_size"])
     assert torch.allclose(program(images), model(images), atol=1e-5)
+
+
+def test_every_module_keeps_its_mode(model):
+    model = copy.deepcopy(model).train()
+    next(model.children()).eval()
+    modes = [module.training for module in model.modules()]
+    export.export_program(model)
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_a_difference_is_an_error(model, tmp_path, monkeypatch):

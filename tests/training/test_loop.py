@@ -155,10 +155,12 @@ def test_divergence_is_said(make_model, make_loaders, tmp_path):
 
 def test_evaluation_counts_every_image_and_leaves_the_model_alone(make_model, make_loaders, few_digits):
     model = make_model().train()
+    model.layer1.eval()
+    modes = [module.training for module in model.modules()]
     _, test = make_loaders(eval_batch_size=30)
     before = copy.deepcopy(model.state_dict())
     metrics = evaluate(model, test)
-    assert model.training
+    assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with torch.no_grad():
         predicted = torch.cat([model.eval()(images).argmax(1) for images, _ in test]).numpy()

@@ -20,6 +20,7 @@ from ..figures import blank_figure, save_figure
 from ..structure.bank import Choice
 from ..surgery.calibrate import Statistics, calibrated
 from ..surgery.images import LIMIT, fitting
+from ..surgery.modules import evaluating
 from ..surgery.tracer import MODEL_ERRORS
 from .slimmable import Slimmable
 
@@ -128,24 +129,22 @@ def search(
     if isinstance(evaluations, bool) or not isinstance(evaluations, int) or evaluations < 2:
         raise CompressError(f"search: expected at least 2 evaluations, found {evaluations!r}")
     budget = int(macs if macs > 1 else macs * net.layout.macs())
-    before, training = net.sizes, net.training
-    net.eval()
+    before = net.sizes
     try:
-        with tqdm(total=evaluations, desc="search", unit="network", leave=False) as progress:
+        with evaluating(net), tqdm(total=evaluations, desc="search", unit="network", leave=False) as progress:
             judge = _Judge(net, _batches(data), budget, progress)
             if judge.macs(judge.least) > budget:
                 found = judge.macs(judge.least) / net.layout.macs()
                 raise WidthError(f"search: no sub-network has {macs:g} of the MACs: the least has {found:.1%}")
             ways[how](judge, evaluations, np.random.default_rng(seed))
-        best = judge.best()
-        net.add_choice(Choice(sizes=best.sizes), judge.statistics(best))
+            best = judge.best()
+            net.add_choice(Choice(sizes=best.sizes), judge.statistics(best))
     except MODEL_ERRORS as error:
         if isinstance(error, CompressError):
             raise
         raise CompressError(f"data: expected batches of (images, class indices) that {type(net).__name__} takes: {error}") from error
     finally:
         net.set_widths(before)
-        net.train(training)
     judged = tuple(judge.seen.values())
     return SearchResult(best, _front(judged), judged, net.layout.macs())
 

@@ -18,6 +18,7 @@ from ..errors import CompressError
 from ..methods.slimmable import Slimmable
 from ..plugin.hub import load
 from ..surgery.exits import ExitsModel
+from ..surgery.modules import evaluating
 from ..training.checkpoint import made
 from ..training.config import DataConfig
 from ..training.data import check_fits, eval_loader
@@ -160,24 +161,20 @@ def export_program(model: nn.Module, path: str | Path | None = None, data: DataC
 
 
 def _program(model: nn.Module, images: torch.Tensor) -> torch.export.ExportedProgram:
-    training = model.training
     # A pass that ends early leaves modules without their hooks, by which torch follows it unless it reads the code (`strict`).
     strict = isinstance(model, ExitsModel) and model.record.truncated
     try:
-        return torch.export.export(model.eval(), (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=strict)
+        with evaluating(model):
+            return torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=strict)
     except Exception as error:
         raise CompressError(f"{type(model).__name__}: torch.export cannot export it: {_reason(error)}") from error
-    finally:
-        model.train(training)
 
 
 def _compared(model: nn.Module, images: torch.Tensor, other: Any, data: DataConfig | None, file: Path | None) -> Exported:
-    training = model.training
-    with torch.no_grad():
-        expected = model.eval()(images)
+    with evaluating(model), torch.no_grad():
+        expected = model(images)
         # One image alone, too: a batch size that was written in would show.
         found = torch.cat([other(images[:1]), other(images[1:])])
-    model.train(training)
     if found.shape != expected.shape:
         raise CompressError(f"{type(model).__name__}: expected outputs of shape {tuple(expected.shape)}, exported {tuple(found.shape)}")
     difference = ((found - expected).abs().max() / expected.abs().max().clamp(min=1)).item()

@@ -217,7 +217,7 @@ class Elastic(nn.Module):
             known = [c.sizes for c in self._elastic.choices]
             if choice.sizes not in known:
                 self._elastic.choices.append(choice)
-                self._privates.append(_Private(self._narrowed(choice.sizes, affine=choice.affine)))
+                self._privates.append(_Private(self._narrowed(choice.sizes, affine=choice.affine)).train(self.training))
                 self._elastic.views.clear()
                 known.append(choice.sizes)
             targets = self._private(known.index(choice.sizes))

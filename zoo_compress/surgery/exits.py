@@ -18,7 +18,7 @@ from ..structure.variant import Variant
 from .images import fitting
 from .kernels import Kernels
 from .leaving import MEASURES, Decision, Every, Head, Leaving, Patience, Spent, Threshold, Until, thresholds_of
-from .modules import copied, eval_copy
+from .modules import copied, eval_copy, evaluating
 from .proof import Trial
 from .restore import present
 from .rows import Boundary, Visitor, run, set_taps, visiting
@@ -364,22 +364,6 @@ def store(net: nn.Module, record: Exits, renamed: tuple[str, str] | None = None)
 @cache
 def _with_exits(kind: type[ExitsModel], cls: type) -> type:
     return type(f"{cls.__name__}WithExits", (kind, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within, a model is in eval mode; afterwards every module is in the mode it was in."""
-    if not any(module.training for module in model.modules()):
-        yield
-        return
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train()  # modules that keep tensors between calls in eval mode forget them
-        for module, training in modes:
-            module.training = training
 
 
 def _images(loader: Iterable[Any]) -> Iterator[torch.Tensor]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -150,6 +150,22 @@ def clear_caches(model: nn.Module) -> None:
     model.train()
     for module, training in flags.items():
         module.training = training
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within, a model is in eval mode; afterwards every module is in the mode it was in."""
+    if not any(module.training for module in model.modules()):
+        yield
+        return
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()  # modules that keep tensors between calls in eval mode forget them
+        for module, training in modes:
+            module.training = training
 
 
 def every_output(model: nn.Module) -> AbstractContextManager[Any]:

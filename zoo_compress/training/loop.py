@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..errors import CompressError
+from ..surgery.modules import evaluating
 from .checkpoint import load_state, save_state
 from .config import FinetuneConfig, TrainConfig
 from .distill import create_task
@@ -88,7 +89,7 @@ def evaluate(model: nn.Module, loader: DataLoader, processes: Processes | None =
     """Cross-entropy and accuracy of a model over a loader, counted over all processes.
 
     Args:
-        model: the model; its training mode is restored afterwards.
+        model: the model; the training mode of each of its modules is restored afterwards.
         loader: yields `(batch, channels, height, width)` images and `(batch,)` class indices.
         processes: the processes that share the loader; None for one.
         progress: label of a progress bar; None shows none.
@@ -97,12 +98,10 @@ def evaluate(model: nn.Module, loader: DataLoader, processes: Processes | None =
         `loss`, `top1` and `top5`, the latter two in percent.
     """
     processes = processes or Processes()
-    was_training = model.training
-    model.eval()
     evaluator = ClassificationEvaluator(processes.device, max_samples=evaluation_sample_limit(loader))
-    for images, target in _bar(loader, progress, processes):
-        evaluator.update(model(images.to(processes.device)), target.to(processes.device))
-    model.train(was_training)
+    with evaluating(model):
+        for images, target in _bar(loader, progress, processes):
+            evaluator.update(model(images.to(processes.device)), target.to(processes.device))
     return dict(evaluator.compute(distributed=processes.distributed))
 
 
