@@ -4,9 +4,13 @@ import copy
 import math
 
 import pytest
+import timm
 import torch
 
+import zoo_compress as zc
 from zoo_compress.errors import CompressError
+from zoo_compress.methods.blocks import BlocksConfig
+from zoo_compress.methods.exits import ExitsConfig
 from zoo_compress.training.config import AugmentConfig, DistillConfig, FinetuneConfig, TrainConfig
 from zoo_compress.training.loop import Phase, evaluate, fit, reseed
 
@@ -151,6 +155,28 @@ def test_divergence_is_said(make_model, make_loaders, tmp_path):
     with pytest.raises(CompressError, match=r"finite training loss, found (nan|inf); lower lr"):
         fit(make_model(), *make_loaders(), TrainConfig(epochs=1, opt="sgd", lr=1e30), state=tmp_path / "s")
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("of", ["exits", "blocks", "zeros", "a token"])
+def test_a_training_that_fails_lets_go_of_the_model(make_model, make_loaders, of):
+    """What it froze is free again, what it hooked on is off: the same model can be trained otherwise."""
+    method = {"exits": ExitsConfig(exits=1, train="heads"), "blocks": BlocksConfig()}.get(of)
+    model, options = make_model(), {"epochs": 1, "opt": "sgd", "lr": 1e30}
+    if of == "zeros":
+        model = zc.sparsify(model, density=0.5)
+    elif of in ("blocks", "a token"):
+        sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_classes": 10, "in_chans": 1}
+        overlay = {**model.pretrained_cfg, "architecture": "deit_tiny_distilled_patch16_224"}
+        model = timm.create_model("deit_tiny_distilled_patch16_224", **sizes, pretrained_cfg_overlay=overlay)
+    config = FinetuneConfig(**options, distill=DistillConfig(match="token")) if of == "a token" else TrainConfig(**options)
+    net = model if method is None else method.wrap(model)
+    hooks = [len(module._forward_hooks) for module in net.modules()]
+    with pytest.raises(CompressError, match="finite training loss"):
+        fit(net, *make_loaders(), config, teacher=make_model(seed=1), method=method)
+    assert all(parameter.requires_grad and not parameter._backward_hooks for parameter in net.parameters())
+    assert [len(module._forward_hooks) for module in net.modules()] == hooks
+    if of == "a token":
+        assert net.train()(torch.randn(2, 1, 16, 16)).shape == (2, 10), "logits again, not those of both tokens"
 
 
 def test_evaluation_counts_every_image_and_leaves_the_model_alone(make_model, make_loaders, few_digits):

@@ -7,6 +7,7 @@ same numbers whether the epochs before it ran in this process or in one that is 
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -154,61 +155,65 @@ def fit(
     mix = _create_mix(model, train, config)
     model.to(processes.device)
     reseed(phase.seed, phase.index, 0)  # the task may have parameters of its own
-    task = create_task(model, config, (teacher,) if isinstance(teacher, nn.Module) else teacher, processes.device)
-    if method is not None:
-        task = method.task(task, phase.seed)
-    optimizer = create_optimizer_v2(
-        unwrap_model(task.get_trainable_module()),
-        config.opt,
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        momentum=config.momentum,
-        **config.optimizer_args,
-    )
-    scheduler = _create_scheduler(optimizer, config, len(train))
-    if config.ema_decay is not None:
-        task.setup_ema(decay=config.ema_decay, use_warmup=True)
-    # Before anything is loaded: what is kept does not depend on where a run was stopped or starts from.
-    keeper = Keeper(model, {} if method is not None and method.removes else None).attach(optimizer)
-    marks = Marks(start, snapshot)
-    marks.check(config.epochs * len(train))
-    if start is not None:
-        put_back(start, task, optimizer)
-    history = _resume(state, phase, task, optimizer)
-    if processes.distributed:
-        task.prepare_distributed(device_ids=None if processes.device.type == "cpu" else [processes.device])
+    with ExitStack() as after:  # whether it ends well or not
+        task = create_task(model, config, (teacher,) if isinstance(teacher, nn.Module) else teacher, processes.device)
+        if isinstance(task, TokenDistillationTask):
+            after.callback(model.set_distilled_training, False)  # type: ignore[arg-type]
+        if method is not None:
+            task = method.task(task, phase.seed)
+            after.callback(task.end)
+        optimizer = create_optimizer_v2(
+            unwrap_model(task.get_trainable_module()),
+            config.opt,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            **config.optimizer_args,
+        )
+        scheduler = _create_scheduler(optimizer, config, len(train))
+        if config.ema_decay is not None:
+            task.setup_ema(decay=config.ema_decay, use_warmup=True)
+        # Before anything is loaded: what is kept does not depend on where a run was stopped or starts from.
+        keeper = Keeper(model, {} if method is not None and method.removes else None).attach(optimizer)
+        after.callback(keeper.remove)
+        marks = Marks(start, snapshot)
+        marks.check(config.epochs * len(train))
+        if start is not None:
+            put_back(start, task, optimizer)
+        history = _resume(state, phase, task, optimizer)
+        if processes.distributed:
+            task.prepare_distributed(device_ids=None if processes.device.type == "cpu" else [processes.device])
 
-    for epoch in range(marks.first // len(train) + len(history), config.epochs):
-        begun = time.perf_counter()
-        shared_seed = reseed(phase.seed, phase.index, epoch, processes.rank)
-        if hasattr(train.sampler, "set_epoch"):
-            train.sampler.set_epoch(shared_seed)
-        label = f"{phase.name} {epoch + 1}/{config.epochs}"
-        if isinstance(task, MethodTask):
-            task.start_epoch(epoch, config.epochs, optimizer, len(train))
-        train_loss = _train_epoch(task, train, optimizer, scheduler, config, mix, marks, epoch, phase, processes, label if log else None)
-        if not math.isfinite(train_loss):
-            raise CompressError(f"{label}: expected a finite training loss, found {train_loss}; lower lr ({config.lr:g}) or set clip_grad")
-        if isinstance(task, MethodTask):
-            reseed(phase.seed, phase.index, epoch)  # all processes look at the same images
-            task.prepare_evaluation(_result(task), calibration)
-        keeper.restore_(model)
+        for epoch in range(marks.first // len(train) + len(history), config.epochs):
+            begun = time.perf_counter()
+            shared_seed = reseed(phase.seed, phase.index, epoch, processes.rank)
+            if hasattr(train.sampler, "set_epoch"):
+                train.sampler.set_epoch(shared_seed)
+            label = f"{phase.name} {epoch + 1}/{config.epochs}"
+            if isinstance(task, MethodTask):
+                task.start_epoch(epoch, config.epochs, optimizer, len(train))
+            train_loss = _train_epoch(
+                task, train, optimizer, scheduler, config, mix, marks, epoch, phase, processes, label if log else None
+            )
+            if not math.isfinite(train_loss):
+                raise CompressError(
+                    f"{label}: expected a finite training loss, found {train_loss}; lower lr ({config.lr:g}) or set clip_grad"
+                )
+            if isinstance(task, MethodTask):
+                reseed(phase.seed, phase.index, epoch)  # all processes look at the same images
+                task.prepare_evaluation(_result(task), calibration)
+            keeper.restore_(model)
+            if task.has_ema():
+                keeper.restore_(_result(task))
+            metrics = evaluate(_result(task), test, processes, f"{label} test" if log else None)
+            lr = optimizer.param_groups[0]["lr"]
+            history.append(Epoch(train_loss=train_loss, lr=lr, seconds=time.perf_counter() - begun, **metrics))
+            if log and processes.primary:
+                log(f"{label}: train loss {train_loss:.4f}, test loss {metrics['loss']:.4f}, top-1 {metrics['top1']:.2f}%")
+            if state is not None and processes.primary:
+                _save(state, phase, task, optimizer, history)
         if task.has_ema():
-            keeper.restore_(_result(task))
-        metrics = evaluate(_result(task), test, processes, f"{label} test" if log else None)
-        lr = optimizer.param_groups[0]["lr"]
-        history.append(Epoch(train_loss=train_loss, lr=lr, seconds=time.perf_counter() - begun, **metrics))
-        if log and processes.primary:
-            log(f"{label}: train loss {train_loss:.4f}, test loss {metrics['loss']:.4f}, top-1 {metrics['top1']:.2f}%")
-        if state is not None and processes.primary:
-            _save(state, phase, task, optimizer, history)
-    if task.has_ema():
-        model.load_state_dict(_result(task).state_dict())
-    if isinstance(task, TokenDistillationTask):
-        model.set_distilled_training(False)  # type: ignore[operator]
-    keeper.remove()
-    if isinstance(task, MethodTask):
-        task.end()
+            model.load_state_dict(_result(task).state_dict())
     return history
 
 
