@@ -246,7 +246,7 @@ def test_rows_are_a_list():
     """Nothing counts the rows: models with several widths or exits have more."""
     values = {"params": 1, "macs": 1, "top1": 1.0, "latency_ms": 1.0, "latency_iqr_ms": 0.0, "weight_memory": 1, "activation_memory": 1}
     rows = [Row(label=f"width {i}", batch_size=1, threads=1, **values) for i in range(4)]
-    assert [card._cells(row, rows[0], {"size": 1}, timed=True)[0] for row in rows] == [row.label for row in rows]
+    assert [card._cells(row, rows[0], {"size": 1})[0] for row in rows] == [row.label for row in rows]
 
 
 def test_config_of_the_card_is_json(written):

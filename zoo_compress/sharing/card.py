@@ -279,7 +279,7 @@ def _table(record: Record, about: Mapping[str, Any], others: Sequence[Record]) -
     return [_cells(row, record.table[0], about, others, timed=timed) for row, timed in rows]
 
 
-def _cells(row: Row, first: Row, about: Mapping[str, Any], others: Sequence[Record], *, timed: bool) -> list[str]:
+def _cells(row: Row, first: Row, about: Mapping[str, Any], others: Sequence[Record] = (), *, timed: bool = True) -> list[str]:
     share = "" if row is first else f" ({row.macs / first.macs:.1%})"
     # Records of earlier versions know memory alone, which for one of their models is a file as well: the one that is here.
     stored = about["size"] if row.label == "reloaded" else row.file_bytes
