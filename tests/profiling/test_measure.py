@@ -98,9 +98,21 @@ def test_threads_and_modes_are_given_back(model):
     assert torch.get_num_threads() == before
 
 
-@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"runs": 0}, {"threads": -1}, {"warmup": 0}, {"runs": 1.5}, {"batch_size": True}])
-def test_numbers_below_one(model, wrong):
-    with pytest.raises(zc.CompressError, match=f"{next(iter(wrong))} of at least 1"):
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"batch_size": 0}, "batch_size of at least 1, found 0"),
+        ({"batch_size": True}, "batch_size of at least 1, found True"),
+        ({"batch_size": 10**10}, "batch_size of at most 65536, found 10000000000"),
+        ({"runs": 0}, "runs of at least 1, found 0"),
+        ({"runs": 1.5}, r"runs of at least 1, found 1\.5"),
+        ({"warmup": 0}, "warmup of at least 1, found 0"),
+        ({"threads": -1}, "expected 1 to 1024 threads, found -1"),
+        ({"threads": 100_000}, "expected 1 to 1024 threads, found 100000"),
+    ],
+)
+def test_numbers_out_of_range(model, wrong, message):
+    with pytest.raises(zc.CompressError, match=message):
         zc.measure(model, **wrong)
 
 
