@@ -22,9 +22,11 @@ from pydantic import (
 
 from .errors import RecipeError
 from .methods import Changed, Trained
+from .profiling.latency import MAX_THREADS
+from .profiling.measure import MAX_BATCH
 from .structure.budget import KINDS
 from .surgery.origin import for_training
-from .training.config import Config, Count, DataConfig, FinetuneConfig, OwnFolder, Positive, Threads, TrainConfig, check_values, one_line
+from .training.config import Config, Count, DataConfig, FinetuneConfig, OwnFolder, Positive, TrainConfig, check_values, one_line
 from .training.task import ChangeConfig, nested
 
 REMOVED_PER_ROUND = 0.1
@@ -260,8 +262,8 @@ Stage = Annotated[
 class MeasureConfig(Config):
     """How latency is measured: see `zoo_compress.measure`."""
 
-    batch_size: Annotated[int, Field(ge=1, le=2**16)] = 1
-    threads: Threads | None = None
+    batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH)] = 1
+    threads: Annotated[int, Field(ge=1, le=MAX_THREADS)] | None = None
     runs: Count = 100
 
 

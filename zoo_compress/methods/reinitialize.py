@@ -104,22 +104,23 @@ def _drawn(start: Tensor, shape: torch.Size, laws: Sequence[_Law]) -> Tensor:
 def _laws(tensors: Iterable[Tensor]) -> list[_Law]:
     """The laws that deviations may follow, those first that most of an architecture's tensors do: single ones may fit several by chance,
     such as both fans of a square matrix, or LeCun's of the inputs where there are half as many as He's counts outputs."""
-    found = Counter(law for tensor in tensors for law in _LAWS if _follows(tensor, law))
+    found = Counter(law for tensor in tensors for law in _followed(tensor, _LAWS))
     return sorted(_LAWS, key=lambda law: -found[law])
 
 
-def _follows(start: Tensor, law: _Law) -> bool:
+def _followed(start: Tensor, laws: Sequence[_Law]) -> list[_Law]:
+    """Those of some laws that a tensor's deviation may follow."""
     if start.ndim < 2 or start.numel() < 16 or not start.is_floating_point():
-        return False
+        return []
     near = 3 / math.sqrt(2 * start.numel())  # three times the relative error of a deviation estimated from so many values
     deviation = float(start.detach().float().std(correction=0))
-    return abs(deviation * math.sqrt(_fan(start.shape, law)) / law[1] - 1) < near
+    return [law for law in laws if abs(deviation * math.sqrt(_fan(start.shape, law)) / law[1] - 1) < near]
 
 
 def _rescale(start: Tensor, shape: torch.Size, laws: Sequence[_Law]) -> float:
     """By how much a deviation that follows the fan grows, where this tensor's does; else 1."""
-    law = next((law for law in laws if _follows(start, law)), None) if len(shape) == start.ndim else None
-    return 1.0 if law is None else math.sqrt(_fan(start.shape, law) / _fan(shape, law))
+    followed = _followed(start, laws) if len(shape) == start.ndim else []
+    return math.sqrt(_fan(start.shape, followed[0]) / _fan(shape, followed[0])) if followed else 1.0
 
 
 def _fan(shape: torch.Size, law: _Law) -> float:

@@ -19,7 +19,7 @@ from ..methods.exiting import attach_exits_
 from ..structure.variant import OPTIONS, Variant
 from ..surgery import blocks, factors
 from ..surgery.masks import mask_
-from ..surgery.modules import classifiers
+from ..surgery.modules import classifiers, listed
 from ..surgery.origin import origin
 from ..surgery.packing import unpack_state
 from ..surgery.restore import check, present, restore_
@@ -161,7 +161,7 @@ class Request:
         return allowance(base.state_dict(), f"{self.name}, as timm makes {self.base}", ELEMENTS_PER_BASE)
 
     def _check_classes(self, state: State, where: str) -> None:
-        for name in self.cfg.classifier if isinstance(self.cfg.classifier, (tuple, list)) else [self.cfg.classifier]:
+        for name in listed(self.cfg.classifier):
             head = state.get(f"{name}.weight")
             if head is not None and head.ndim and head.shape[0] != self.cfg.num_classes:
                 # timm would take the difference for a wish, and leave the classifier random.
@@ -175,9 +175,9 @@ class Request:
         adapted = {
             f"{module}.{key}"
             for names, differs in ((self.cfg.classifier, other_classes), (_first_conv(built.model, self.cfg), other_input))
-            for module in (names if isinstance(names, (tuple, list)) else [names])
+            for module in listed(names)
             for key in ("weight", "bias")
-            if differs and module
+            if differs
         }
 
         def fits(state: dict[str, Any], strict: bool) -> None:
@@ -294,7 +294,7 @@ def restored(
             factors.replace_(whole, variant.factors)
             check(attach_exits_(whole, variant.exits) if variant.exits else whole, variant)
         restore_(built.model, fitting)
-        if built.num_classes and not args.get("features_only") and _needs_head(built.model, entrypoint, cfg, source_args, args):
+        if built.num_classes and not args.get("features_only") and _needs_head(entrypoint, cfg, source_args, args):
             built.model.reset_classifier(built.num_classes, *filter(None, [args.get("global_pool")]))  # type: ignore[operator]
         for name in fitting.packed:  # random weights are whole, even where they begin as zero
             weight = built.model.get_parameter(name)
@@ -306,9 +306,7 @@ def restored(
     return model
 
 
-def _needs_head(
-    model: nn.Module, entrypoint: Callable[..., nn.Module], cfg: PretrainedCfg, source_args: dict[str, Any], args: dict[str, Any]
-) -> bool:
+def _needs_head(entrypoint: Callable[..., nn.Module], cfg: PretrainedCfg, source_args: dict[str, Any], args: dict[str, Any]) -> bool:
     """Whether the classifier that the base was built with is none of the recorded model's: that has none, or one of another pooling."""
     if not cfg.num_classes:
         return True

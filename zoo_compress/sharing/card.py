@@ -195,7 +195,8 @@ def before(record: Record) -> Row | None:
     """The row of the model that a run compressed; None if there is none, because training came only with or after compressing."""
     recipe = recipe_of(record.recipe)
     dense = uncompressed(make_plan(recipe))
-    return record.table[0] if dense is not None and (dense.action != "create" or recipe.model.pretrained) else None
+    trained = dense is not None and (dense.action != "create" or recipe.model.pretrained)
+    return record.table[0] if trained else None
 
 
 def _compressed_first(record: Record) -> bool:

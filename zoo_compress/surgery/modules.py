@@ -72,6 +72,11 @@ def places(model: nn.Module, values: Mapping[str, object]) -> list[tuple[Any, An
     return [(container, key, value) for container, key, value in found.values()]
 
 
+def listed(names: Any) -> list[str]:
+    """Names of modules as a list, which timm's cfgs have as one, several or None."""
+    return [name for name in (names if isinstance(names, (tuple, list)) else [names]) if name]
+
+
 def classifiers(model: nn.Module, names: object) -> dict[str, nn.Parameter]:
     """Names and weights of a model's classifiers.
 
@@ -79,7 +84,7 @@ def classifiers(model: nn.Module, names: object) -> dict[str, nn.Parameter]:
         model: The model.
         names: Of the modules, as timm's cfgs have them: one, several or None.
     """
-    known = {f"{name}.weight" for name in (names if isinstance(names, (tuple, list)) else [names])}
+    known = {f"{name}.weight" for name in listed(names)}
     return {name: weight for name, weight in model.named_parameters() if name in known}
 
 

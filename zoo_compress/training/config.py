@@ -37,7 +37,6 @@ def _inside(path: str) -> str:
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
-Threads = Annotated[int, Field(ge=1, le=1024)]
 OwnFolder = Annotated[str, AfterValidator(_inside)]
 """A folder below the output folder of a run that is the user's to name."""
 
