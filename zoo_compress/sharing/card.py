@@ -214,6 +214,19 @@ def start_layout(record: Record, model: nn.Module) -> Layout:
     return analyze(create(untrained) if named else picture.base_of(model), default_input(model))
 
 
+def whole_baseline(record: Record, model: nn.Module, start: Layout) -> Row | None:
+    """The row of all of the model that a run began with, trained without compressing; None if no baseline is that.
+
+    Args:
+        record: Of a run whose training came with compressing, so that `before` knows no such row.
+        model: What the run made. Baselines of one with masks are trained with its masks.
+        start: Layout of what it began with.
+    """
+    if any(packing.mask for packing in packed_of(model).values()):
+        return None
+    return next((row for row in record.baselines if row.params >= start.num_params() and row.macs >= start.macs()), None)
+
+
 def _about(subject: Subject) -> dict[str, Any]:
     """The facts that several parts of a card need."""
     model, record = subject.model, subject.record
@@ -259,9 +272,9 @@ def _results(subject: Subject, about: Mapping[str, Any]) -> str:
     if before(record) is None and variant_of(subject.model) is not None:
         start = start_layout(record, subject.model)
         base = f" What training began with has {start.num_params():,} parameters and {start.macs():,} MACs"
-        whole = [row for row in record.baselines if row.params >= start.num_params() and row.macs >= start.macs()]
-        if whole and not any(packing.mask for packing in packed_of(subject.model).values()):
-            base += f"; trained without compressing it reaches {whole[0].top1:.2f}%."
+        whole = whole_baseline(record, subject.model, start)
+        if whole is not None:
+            base += f"; trained without compressing it reaches {whole.top1:.2f}%."
         else:
             base += "; how it does when it is trained without compressing was not measured."
     if not subject.others:

@@ -129,13 +129,14 @@ def _entry(record: Record, model: nn.Module, folder: Path, name: str, recipe: st
     )
 
 
-def _base(record: Record, model: nn.Module) -> dict[str, float | int]:
+def _base(record: Record, model: nn.Module) -> dict[str, float | int | None]:
     """What the index says of the model that a run compressed."""
     first = card.before(record)
     if first is not None:
         return {"base_top1": round(first.top1, 4), "base_macs": first.macs, "base_params": first.params}
     base = card.start_layout(record, model)
-    return {"base_macs": base.macs(), "base_params": base.num_params()}
+    whole = card.whole_baseline(record, model, base)
+    return {"base_top1": round(whole.top1, 4) if whole else None, "base_macs": base.macs(), "base_params": base.num_params()}
 
 
 def cards_table(listing: index.Index) -> str:

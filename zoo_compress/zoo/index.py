@@ -37,7 +37,8 @@ class Entry(BaseModel):
         params: Number of parameters.
         size: Bytes of its model.safetensors.
         sha256: Hash of that file.
-        base_top1: Of the model it was made of, percent; None where that was not evaluated, because training itself makes this of it.
+        base_top1: Of the model it was made of, percent. Where training itself makes this of it: of the same trained without, None where
+            that was not measured.
         base_macs: Of the model it was made of.
         base_params: Of the model it was made of.
         recipe: File in `recipes/` that makes it.
