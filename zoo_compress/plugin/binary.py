@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .request import Request, answer
+from .request import Request, answer, recorded
 
 __all__ = ["create"]
 
@@ -32,14 +32,11 @@ def create(base: str, /, **kwargs: Any) -> nn.Module:
 
 def create_kind(kind: str, base: str, /, **kwargs: Any) -> nn.Module:
     """The same for a kind of `methods.binary`."""
-    return answer(partial(_create, kind), base, kind, **kwargs)
+    return answer(recorded(partial(_quantized, kind)), base, kind, **kwargs)
 
 
-def _create(kind: str, request: Request) -> nn.Module:
+def _quantized(kind: str, request: Request) -> nn.Module:
     from ..methods.binary import quantize
 
-    variant = request.stored()
-    if variant is not None:
-        return request.restore(variant)[0]
     base = request.base_model(f"{kind} values of the weights of %s, not trained")
-    return request.rebuild(quantize(base, kind, **request.chosen(OPTIONS)))
+    return quantize(base, kind, **request.chosen(OPTIONS))

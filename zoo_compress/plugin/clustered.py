@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import CompressError
-from .request import Request, answer
+from .request import Request, answer, recorded
 
 __all__ = ["create"]
 
@@ -30,16 +29,11 @@ def create(base: str, /, **kwargs: Any) -> nn.Module:
     Raises:
         CompressError: Whatever goes wrong, with its cause.
     """
-    return answer(_create, base, "clustered", **kwargs)
+    return answer(recorded(_clustered), base, "clustered", **kwargs)
 
 
-def _create(request: Request) -> nn.Module:
+def _clustered(request: Request) -> nn.Module:
     from ..methods.cluster import cluster
 
-    variant = request.stored()
-    if variant is not None:
-        return request.restore(variant)[0]
-    options = request.chosen(OPTIONS)
-    if options.get("bits") is None:
-        raise CompressError(f"{request.name}: expected bits= (of an index into a layer's values) or variant= (a stored record), found none")
-    return request.rebuild(cluster(request.base_model("clustered from the weights of %s and not fine-tuned"), **options))
+    options = request.chosen(OPTIONS, one_of=("bits",))
+    return cluster(request.base_model("clustered from the weights of %s and not fine-tuned"), **options)

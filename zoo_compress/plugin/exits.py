@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import CompressError
-from .request import Request, answer
+from .request import Request, answer, recorded
 
 __all__ = ["create"]
 
@@ -32,16 +31,11 @@ def create(base: str, /, **kwargs: Any) -> nn.Module:
     Raises:
         CompressError: Whatever goes wrong, with its cause.
     """
-    return answer(_create, base, "exits", **kwargs)
+    return answer(recorded(_with_exits), base, "exits", **kwargs)
 
 
-def _create(request: Request) -> nn.Module:
+def _with_exits(request: Request) -> nn.Module:
     from ..methods.exiting import add_exits
 
-    variant = request.stored()
-    if variant is not None:
-        return request.restore(variant)[0]
-    options = request.chosen(OPTIONS)
-    if options.get("exits") is None:
-        raise CompressError(f"{request.name}: expected exits= (how many, or where) or variant= (a stored record), found none")
-    return request.rebuild(add_exits(request.base_model("weights of %s, with exits that are not trained"), **options))
+    options = request.chosen(OPTIONS, one_of=("exits",))
+    return add_exits(request.base_model("weights of %s, with exits that are not trained"), **options)

@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import CompressError
-from .request import Request, answer
+from .request import Request, answer, recorded
 
 __all__ = ["create"]
 
@@ -34,23 +33,13 @@ def create(base: str, /, **kwargs: Any) -> nn.Module:
     Raises:
         CompressError: Whatever goes wrong, with its cause.
     """
-    return answer(_create, base, "lowrank", **kwargs)
-
-
-def _create(request: Request) -> nn.Module:
-    variant = request.stored()
-    if variant is not None:
-        return request.restore(variant)[0]
-    return request.rebuild(_factorized(request))
+    return answer(recorded(_factorized), base, "lowrank", **kwargs)
 
 
 def _factorized(request: Request) -> nn.Module:
     from ..methods.factorize import factorize
 
-    options = request.chosen(OPTIONS)
-    if not any(options.get(name) is not None for name in BUDGETS):
-        budgets = ", ".join(f"{name}=" for name in BUDGETS)
-        raise CompressError(f"{request.name}: expected one of {budgets} (how much to keep) or variant= (a stored record), found none")
+    options = request.chosen(OPTIONS, one_of=BUDGETS)
     if not request.pretrained and options.get("energy") is None:
         options.setdefault("scope", "local")
     return factorize(request.base_model("factorised from the weights of %s and not fine-tuned"), **options)

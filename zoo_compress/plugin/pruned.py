@@ -6,9 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import CompressError
 from ..structure.budget import KINDS
-from .request import Request, answer
+from .request import Request, answer, recorded
 
 __all__ = ["create"]
 
@@ -35,24 +34,13 @@ def create(base: str, /, **kwargs: Any) -> nn.Module:
     Raises:
         CompressError: Whatever goes wrong, with its cause.
     """
-    return answer(_create, base, "pruned", **kwargs)
-
-
-def _create(request: Request) -> nn.Module:
-    variant = request.stored()
-    if variant is not None:
-        return request.restore(variant)[0]
-    return request.rebuild(_pruned(request))
+    return answer(recorded(_pruned), base, "pruned", **kwargs)
 
 
 def _pruned(request: Request) -> nn.Module:
-    """The base, pruned by the user's budget."""
     from ..methods.prune import prune
 
-    options = request.chosen(OPTIONS)
-    if not any(options.get(kind) is not None for kind in KINDS):
-        budgets = ", ".join(f"{kind}=" for kind in KINDS)
-        raise CompressError(f"{request.name}: expected one of {budgets} (how much to keep) or variant= (a stored record), found none")
+    options = request.chosen(OPTIONS, one_of=KINDS)
     if not request.pretrained:
         options.setdefault("scope", "local")
     return prune(request.base_model("pruned from the weights of %s and not fine-tuned"), **options)

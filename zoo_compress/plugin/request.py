@@ -84,16 +84,23 @@ class Request:
             )
         return variant
 
-    def chosen(self, expected: Collection[str]) -> dict[str, Any]:
+    def chosen(self, expected: Collection[str], one_of: Collection[str] = ()) -> dict[str, Any]:
         """The options to compress by, without the tag of the base's weights.
 
+        Args:
+            expected: Those this kind takes.
+            one_of: Those without which it does not know what to do.
+
         Raises:
-            CompressError: If one is not among those this kind takes.
+            CompressError: If one is not among those this kind takes, or one that it needs is not there.
         """
         found = {key: value for key, value in self.options.items() if key not in ("variant", "base_tag")}
         for key in found:
             if key not in expected:
                 raise CompressError(f"{self.name}: expected {', '.join(f'{name}=' for name in expected)}, found {key}=")
+        if one_of and all(found.get(name) is None for name in one_of):
+            known = ", ".join(f"{name}=" for name in (*one_of, "variant"))
+            raise CompressError(f"{self.name}: expected one of {known} (a stored record), found none")
         return found
 
     def base_model(self, warning: str | None = None) -> nn.Module:
@@ -209,6 +216,16 @@ def answer(create: Callable[[Request], nn.Module], base: str, kind: str, /, **kw
         raise
     except Exception as error:
         raise CompressError(f"{name}: {type(error).__name__}: {error}") from error
+
+
+def recorded(make: Callable[[Request], nn.Module]) -> Callable[[Request], nn.Module]:
+    """What makes models of a kind of which a record says everything: restores it where there is one, else compresses the base by `make`."""
+
+    def create(request: Request) -> nn.Module:
+        variant = request.stored()
+        return request.rebuild(make(request)) if variant is None else request.restore(variant)[0]
+
+    return create
 
 
 def _sorted(

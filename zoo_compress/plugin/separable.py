@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .request import Request, answer
+from .request import Request, answer, recorded
 
 __all__ = ["create"]
 
@@ -31,14 +31,10 @@ def create(base: str, /, **kwargs: Any) -> nn.Module:
     Raises:
         CompressError: Whatever goes wrong, with its cause.
     """
-    return answer(_create, base, "separable", **kwargs)
+    return answer(recorded(_separable), base, "separable", **kwargs)
 
 
-def _create(request: Request) -> nn.Module:
+def _separable(request: Request) -> nn.Module:
     from ..methods.separate import separate
 
-    variant = request.stored()
-    if variant is not None:
-        return request.restore(variant)[0]
-    base = request.base_model("fitted to the weights of %s and not fine-tuned")
-    return request.rebuild(separate(base, **request.chosen(OPTIONS)))
+    return separate(request.base_model("fitted to the weights of %s and not fine-tuned"), **request.chosen(OPTIONS))

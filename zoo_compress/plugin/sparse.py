@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import CompressError
-from .request import Request, answer
+from .request import Request, answer, recorded
 
 __all__ = ["create"]
 
@@ -31,20 +30,13 @@ def create(base: str, /, **kwargs: Any) -> nn.Module:
     Raises:
         CompressError: Whatever goes wrong, with its cause.
     """
-    return answer(_create, base, "sparse", **kwargs)
+    return answer(recorded(_sparse), base, "sparse", **kwargs)
 
 
-def _create(request: Request) -> nn.Module:
+def _sparse(request: Request) -> nn.Module:
     from ..methods.sparse import sparsify
 
-    variant = request.stored()
-    if variant is not None:
-        return request.restore(variant)[0]
-    options = request.chosen(OPTIONS)
-    if options.get("density") is None and options.get("pattern") is None:
-        raise CompressError(
-            f"{request.name}: expected density= (how many weights to keep), pattern= or variant= (a stored record), found none"
-        )
+    options = request.chosen(OPTIONS, one_of=("density", "pattern"))
     if not request.pretrained:
         options.setdefault("scope", "local")
-    return request.rebuild(sparsify(request.base_model("sparsified from the weights of %s and not fine-tuned"), **options))
+    return sparsify(request.base_model("sparsified from the weights of %s and not fine-tuned"), **options)
