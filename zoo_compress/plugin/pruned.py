@@ -26,7 +26,8 @@ def create(base: str, /, **kwargs: Any) -> nn.Module:
             - `variant`: a record, as config.json holds it. With `pretrained=True` weights come from where the cfg points to; or
             - one of `keep`, `macs`, `params`, `latency` and further options of `zoo_compress.prune` that are JSON values. With
               `pretrained=True` the base's weights are pruned (`base_tag` chooses which) and nothing is fine-tuned. Without, the sizes
-              depend on the budget alone: `scope` is `"local"` unless given, since a ranking of random weights means nothing.
+              depend on the budget alone: `scope` is `"local"` unless given, since a ranking of random weights means nothing. They are cut
+              from the base's; `zoo_compress.reinitialize` draws them for these widths.
 
     Returns:
         The model, or the base's own feature extractor around it.
