@@ -33,6 +33,14 @@ def test_of_an_architecture_as_it_is_equals_what_timm_draws(name):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_arguments_that_timm_tracks_are_the_architectures_too():
+    args = {"class_token": False, "global_pool": "avg", "img_size": 48, "patch_size": 8}
+    fresh = reinitialize(trained("test_vit", **args), seed=3)
+    torch.manual_seed(3)
+    expected = timm.create_model("test_vit", num_classes=7, **args).state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in fresh.state_dict().items())
+
+
 @pytest.mark.parametrize("name", ["resnet18", "test_vit", "test_convnext", "test_efficientnet"])
 def test_a_pruned_model_has_the_deviations_of_its_own_shapes(name):
     small = zc.prune(trained(name), keep=0.5)

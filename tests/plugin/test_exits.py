@@ -170,3 +170,11 @@ def test_a_network_that_ends_at_an_exit_gives_no_features(tmp_path):
     with pytest.raises(zc.VariantError, match="ends at an early exit: expected no features_only=True"):
         timm.create_model(f"local-dir:{tmp_path}", pretrained=True, features_only=True)
     assert "features_only" not in plain(short, tmp_path, "me/short")
+
+
+def test_a_pruned_model_whose_base_needs_its_pooling_and_image_size_gets_exits(tmp_path):
+    """The base is made once more to learn how wide its heads would be; without a class token it refuses the pooling it has by default."""
+    without = {"class_token": False, "global_pool": "avg", "img_size": 32, "in_chans": 1, "num_classes": 5}
+    net = zc.add_exits(zc.prune(timm.create_model("test_vit", **without), macs=0.5), 2).eval()
+    x = torch.randn(2, 1, 32, 32)
+    assert same(every(saved(net, tmp_path), x), every(net, x))

@@ -127,7 +127,7 @@ def _record(net: nn.Module, exits: Exits, source: Origin) -> Variant:
 def _on_base(exits: Exits, source: Origin) -> Exits:
     """The same exits as heads on the uncompressed base would have them."""
     with torch.device("meta"):
-        base = create_model(source.base, **source.args)
+        base = create_model(source.base, **source.args, **source.live)
     proof = Trial(base, default_input(base), values=False).prove([exit.place for exit in exits.places])
     features = [shapes[e.leaf][e.format.index("C") - 1] for e, shapes in zip(exits.places, proof.shapes, strict=True)]
     places = (exit.model_copy(update={"features": n}) for exit, n in zip(exits.places, features, strict=True))

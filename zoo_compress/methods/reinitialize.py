@@ -57,12 +57,11 @@ def reinitialize(model: nn.Module, seed: int = 0) -> nn.Module:
     source = origin(model)
     if source is None:
         raise CompressError(f"reinitialize: expected a model made by timm, which says what it is made of; {type(model).__name__} does not")
-    live: dict[str, Any] = {name: value for name in ("num_classes", "in_chans") if isinstance(value := getattr(model, name, None), int)}
     fresh = copied(model)
     kept = {name for names in statistics(fresh).values() for name in names}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        start = create_model(source.base, **{**source.args, **live}).state_dict(keep_vars=True)
+        start = create_model(source.base, **source.args, **source.live).state_dict(keep_vars=True)
         laws = _laws(start.values())
         _reset_others(fresh, start.keys())
         for name, tensor in fresh.named_parameters():

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import CompressError
 from ..figures import blank_figure, save_figure
-from ..surgery.origin import variant_of
+from ..surgery.origin import origin
 
 
 def base_of(model: nn.Module) -> nn.Module:
@@ -19,12 +19,11 @@ def base_of(model: nn.Module) -> nn.Module:
     Raises:
         CompressError: The model is not a compressed one.
     """
-    variant = variant_of(model)
-    if variant is None:
+    source = origin(model)
+    if source is None or source.previous is None:
         raise CompressError(f"{type(model).__name__}: expected a compressed model, found one without a record")
-    live = {"num_classes": model.num_classes, "in_chans": getattr(model, "in_chans", 3)}
     with torch.device("meta"):
-        return model_entrypoint(variant.base)(pretrained=False, **{**live, **variant.base_args})
+        return model_entrypoint(source.base)(pretrained=False, **source.args, **source.live)
 
 
 def widths(model: nn.Module) -> list[tuple[str, int, int]]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from timm.models import is_model
+from timm.models import get_model_args, is_model
 from torch import nn
 
 from ..errors import CompressError
@@ -27,11 +27,14 @@ class Origin:
         base: timm architecture, without a tag.
         args: Construction arguments, those of `Variant.base_args`.
         previous: The record of a model that is compressed already.
+        live: Construction arguments that timm reads off the model and stores itself. The base takes them together with `args`, of which
+            some are refused without them (`class_token=False` wants another pooling).
     """
 
     base: str
     args: dict[str, Any]
     previous: Variant | None
+    live: dict[str, Any]
 
 
 def origin(model: nn.Module) -> Origin | None:
@@ -49,9 +52,10 @@ def origin(model: nn.Module) -> Origin | None:
     previous = Variant.from_dict(stored) if stored is not None else None
     # As a file has them: tuples are lists there.
     own = {name: json.loads(json.dumps(value)) for name, value in args.items() if _describes_base(name, value)}
+    live = {name: value for name, value in get_model_args(model).items() if name in _TRACKED}
     if previous is None:
-        return Origin(architecture, own, None)
-    return Origin(previous.base, {**previous.base_args, **own}, previous)
+        return Origin(architecture, own, None, live)
+    return Origin(previous.base, {**previous.base_args, **own}, previous, live)
 
 
 def variant_of(model: nn.Module) -> Variant | None:
