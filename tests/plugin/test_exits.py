@@ -9,6 +9,7 @@ import torch
 import zoo_compress as zc
 from zoo_compress.errors import CompressError
 from zoo_compress.sharing.card import plain
+from zoo_compress.surgery.origin import variant_of
 
 NAME = "test_resnet__exits"
 SIZE = {"pretrained_cfg_overlay": {"input_size": (3, 64, 64)}}
@@ -178,3 +179,10 @@ def test_a_pruned_model_whose_base_needs_its_pooling_and_image_size_gets_exits(t
     net = zc.add_exits(zc.prune(timm.create_model("test_vit", **without), macs=0.5), 2).eval()
     x = torch.randn(2, 1, 32, 32)
     assert same(every(saved(net, tmp_path), x), every(net, x))
+
+
+def test_an_exit_may_lie_between_the_two_layers_of_a_pair(images, tmp_path):
+    small = zc.prune(zc.factorize(timm.create_model("test_resnet", **SIZE), macs=0.6), macs=0.7)
+    pair = next(iter(variant_of(small).factors))
+    net = zc.add_exits(small, (f"{pair}.0", "layer3")).eval()
+    assert same(every(saved(net, tmp_path), images), every(net, images))

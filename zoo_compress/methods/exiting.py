@@ -14,6 +14,7 @@ from ..profiling.sampled import Sampled
 from ..profiling.settings import Adjustable, Value
 from ..structure.exits import MAX_GRID, Exits
 from ..structure.variant import Variant, record
+from ..surgery import blocks, factors
 from ..surgery.elastic import Elastic
 from ..surgery.exits import ExitsModel, attach_
 from ..surgery.modules import copied
@@ -126,8 +127,11 @@ def _record(net: nn.Module, exits: Exits, source: Origin) -> Variant:
 
 def _on_base(exits: Exits, source: Origin) -> Exits:
     """The same exits as heads on the uncompressed base would have them."""
+    previous = source.previous
+    assert previous is not None
     with torch.device("meta"):
         base = create_model(source.base, **source.args, **source.live)
+        factors.replace_(blocks.skip_(base, previous.removed), previous.factors)  # an exit may lie between the two layers of a pair
     proof = Trial(base, default_input(base), values=False).prove([exit.place for exit in exits.places])
     features = [shapes[e.leaf][e.format.index("C") - 1] for e, shapes in zip(exits.places, proof.shapes, strict=True)]
     places = (exit.model_copy(update={"features": n}) for exit, n in zip(exits.places, features, strict=True))
