@@ -76,3 +76,23 @@ def test_a_slimmable_network_gets_a_classifier_for_all_widths_when_it_is_loaded(
         assert other(image).shape == (2, 5)
         assert torch.equal(other.export(width).eval()(image), other(image))
     assert reloads(other, tmp_path / "b", image)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_narrower_backbone_without_classes_knows_what_a_new_classifier_will_read(name, tmp_path, image):
+    small = zc.prune(timm.create_model(name, num_classes=0), keep=0.5).eval()
+    zc.save(small, tmp_path)
+    features = small(image)
+    assert small.head_hidden_size == features.shape[1] < timm.create_model(name).head_hidden_size
+    assert stored(tmp_path, num_classes=5)(image).shape == (2, 5)
+    small.reset_classifier(5)
+    assert small(image).shape == (2, 5)
+
+
+@pytest.mark.parametrize("classes", [0, 5])
+def test_a_classifier_that_is_a_convolution_reads_as_many_features_as_there_are(classes, image):
+    model = timm.create_model("resnetv2_18", num_classes=classes, channels=(16, 16, 16, 32))
+    small = zc.prune(model, keep=0.5).eval()
+    assert small.head_hidden_size == small.num_features < 32
+    small.reset_classifier(7)
+    assert small(image).shape == (2, 7)

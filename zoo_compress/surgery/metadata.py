@@ -72,12 +72,13 @@ class Spy:
 
         return hook
 
-    def finish(self, dims: dict[str, list[Term]], image: torch.Tensor) -> None:
+    def finish(self, dims: dict[str, list[Term]], image: torch.Tensor, output: Any) -> None:
         """Tie what was seen to the attributes that describe it.
 
         Args:
             dims: Parameter or buffer name → one term per dimension.
             image: The input of the run, for models whose features have to be asked for.
+            output: What the run gave: of a model without classes, what a new classifier will read.
         """
         for handle in self.handles:
             handle.remove()
@@ -90,7 +91,7 @@ class Spy:
                     number = f"{path}.feature_info[{i}].num_chs".lstrip(".")
                     self.attributes[number] = Variable(u.size_of(term), attribute=number)
                     self.attributes[number].bound = term
-        self._reset_classifier(dims)
+        self._reset_classifier(dims, output)
 
     def _feature_channels(self, path: str, image: torch.Tensor) -> list[Term | None]:
         """The channel dimension of each entry of a part's `feature_info`: of the module it names, else of what the model's
@@ -116,24 +117,28 @@ class Spy:
         if variable is not None and term is not None:
             self.tracer.link(variable, term)
 
-    def _reset_classifier(self, dims: dict[str, list[Term]]) -> None:
+    def _reset_classifier(self, dims: dict[str, list[Term]], output: Any) -> None:
         """Ask the model for a new classifier: the sizes it is built with are the attributes that a user's call will read."""
         reset: Any = getattr(self.model, "reset_classifier", None)
-        if not callable(reset) or getattr(self.model, "num_classes", 0) < 1:
+        classes = getattr(self.model, "num_classes", None)
+        if not callable(reset) or not isinstance(classes, int):
             return
+        features = self.tracer.dims(output) if classes < 1 and isinstance(output, torch.Tensor) and output.ndim in (2, 3) else None
         before = list(self.model.modules())  # alive to the end: another object must not get the identity of one that was dropped
         old = set(map(id, before))
         try:
             with torch.device("meta"), self.tracer.silenced():
-                reset(int(self.model.num_classes) + 1)  # type: ignore[arg-type]
+                reset(int(classes) + 1)
         except MODEL_ERRORS:
             return  # a model whose classifier cannot be reset has no attribute to keep for it
         for path, module in self.model.named_modules():
-            weight = dims.get(f"{path}.weight")
-            read = getattr(module, "in_features", None)
-            if id(module) not in old and isinstance(read, Size) and weight is not None and len(weight) == 2:
+            read = getattr(module, "in_features", getattr(module, "in_channels", None))
+            if id(module) in old or not isinstance(read, Size):
+                continue
+            weight = dims.get(f"{path}.weight", [1, features[-1]] if features else [])
+            if len(weight) > 1 and u.size_of(weight[1]) == read:
                 self.tracer.meet(read, weight[1])
-                self._describe("head_hidden_size", weight)
+                self._describe("head_hidden_size", weight[:2])
 
 
 def describe_standard_modules(model: nn.Module, dims: dict[str, list[Term]], attributes: Attributes) -> None:

@@ -141,7 +141,7 @@ def run_traced(
         with watch(tracer, clone, image) if watch else nullcontext(), every_output(clone):
             output = clone(image)
         after = dict(named_tensors(clone))
-        spy.finish(dims, image)
+        spy.finish(dims, image, output)
     headless = getattr(model, "num_classes", None) == 0
     for term in (t for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) for t in tracer.dims(leaf)):
         if headless:
