@@ -275,7 +275,7 @@ def _evaluated(run: Run, model: nn.Module, label: str) -> dict[str, float]:
 
 def save_whole(model: nn.Module, folder: Path) -> None:
     """Save a model as a whole folder or not at all, and make sure that it comes back as it went."""
-    images = torch.randn(2, *timm.data.resolve_model_data_config(model)["input_size"], generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, *timm.data.resolve_input_data_config(model)["input_size"], generator=torch.Generator().manual_seed(0))
     with whole_folder(folder) as temporary:
         zc.save(model, temporary)
         with torch.no_grad():

@@ -47,6 +47,17 @@ def test_onnx(architecture, model, tmp_path):
         assert np.abs(session.run(None, {name: images.numpy()})[0] - expected).max() <= 1e-4 * max(1, np.abs(expected).max())
 
 
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("test_resnet", {"in_chans": 6, "pretrained_cfg_overlay": {"input_size": (3, 32, 32)}}),
+        ("vit_tiny_patch16_224", {"img_size": 32, "depth": 1, "embed_dim": 24, "num_heads": 2}),
+    ],
+)
+def test_models_of_other_channels_or_another_size_than_their_architecture(name, args):
+    assert export.export_program(timm.create_model(name, **args)).difference <= export.TOLERANCE
+
+
 @pytest.mark.parametrize(("name", "width", "size"), [("test_resnet", None, 64), ("test_resnet", 0.5, 28), ("test_vit", None, 64)])
 def test_networks_that_end_at_an_exit(name, width, size, tmp_path):
     # At 28 pixels the maps have 7 rows, of which four parts are not equal.

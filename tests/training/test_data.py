@@ -27,6 +27,13 @@ def test_images_are_normalised_for_the_model(digits, make_model):
     torch.testing.assert_close(*back)
 
 
+def test_images_are_as_large_as_a_model_of_fixed_size_was_made_for(digits):
+    small = {"img_size": 32, "depth": 1, "embed_dim": 24, "num_heads": 2, "num_classes": 10, "in_chans": 1}
+    model = timm.create_model("vit_tiny_patch16_224", pretrained_cfg_overlay={"mean": (0.3,), "std": (0.4,)}, **small)
+    images, _ = next(iter(eval_loader(digits, DIGITS, model)))
+    assert model(images).shape == (len(images), 10)
+
+
 def test_test_images_keep_their_order(digits, make_model):
     targets = torch.cat([y for _, y in eval_loader(digits, DIGITS, make_model())])
     assert targets.tolist() == digits.test.labels.tolist()

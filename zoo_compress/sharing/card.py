@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 from huggingface_hub import ModelCard
-from timm.models import parse_model_name
+from timm.models import get_model_input_config, parse_model_name
 from torch import nn
 
 from ..actions import create
@@ -375,7 +374,7 @@ def _facts(record: Record) -> list[tuple[str, str]]:
 
 
 def _limits(subject: Subject) -> list[str]:
-    size = timm.data.resolve_model_data_config(subject.model)["input_size"]
+    size = get_model_input_config(subject.model)["input_size"]
     limits = [f"Made for images of {size[1]}×{size[2]} with {plural(size[0], 'channel')}; MACs are at that size."]
     if subject.record:
         limits += [

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import resolve_model_data_config
+from timm.data import resolve_input_data_config
 from torch import nn
 
 from ..errors import CompressError
@@ -95,7 +95,7 @@ def comparison_images(model: nn.Module, data: DataConfig | None, count: int = IM
         Tensor (count, channels, height, width).
     """
     if data is None:
-        return torch.randn(count, *resolve_model_data_config(model)["input_size"], generator=torch.Generator().manual_seed(0))
+        return torch.randn(count, *resolve_input_data_config(model)["input_size"], generator=torch.Generator().manual_seed(0))
     source = open_source(data, getattr(model, "in_chans", 3))
     check_fits(source, model)
     loader = eval_loader(source, data.model_copy(update={"eval_batch_size": count, "workers": 0}), model)

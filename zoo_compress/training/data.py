@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_loader, resolve_model_data_config
+from timm.data import create_loader, resolve_input_data_config, resolve_model_data_config
 from timm.data.transforms import MaybeToTensor
 from torch import nn
 from torch.utils.data import DataLoader, default_collate
@@ -90,7 +90,7 @@ def _loader(
         # A persistent worker carries its random state from epoch to epoch, which a resumed run could not restore.
         persistent_workers=False,
         pin_memory=processes.device.type == "cuda",
-        **resolve_model_data_config(model),
+        **resolve_input_data_config(model),
         **transforms,
     )
     _normalise_batches_(loader)
