@@ -151,6 +151,15 @@ class TestDamage:
             refused("not the file that the Hub announced .*removed from the cache: try again", VariantError)
         timm.create_model(NAME, pretrained=True)
 
+    def test_a_hash_that_is_a_path_removes_no_file_outside_the_cache(self, published, tmp_path):
+        mine, cache = tmp_path / "mine", tmp_path / "cache"
+        mine.write_text("not a checkpoint")
+        path = os.path.relpath(mine, cache / "models--me--half" / "blobs")
+        repo = published.repos[REPO]
+        repo.commits[repo.tags["v1"]]["model.safetensors"] = ("lfs", path, mine.stat().st_size)
+        refused("expected a whole safetensors file", VariantError, cache_dir=cache)
+        assert mine.read_text() == "not a checkpoint"
+
     def test_weights_of_another_config(self, hub, files):
         content = files["model.safetensors"]
         put(hub, {**files, "model.safetensors": content[:-1] + bytes([content[-1] ^ 1])})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -90,10 +91,15 @@ def _verified(config: Path | None, weights: Path) -> Stored:
 
 
 def _forget(weights: Path) -> None:
-    """Remove a file from the Hub client's cache, where names are links to what was downloaded."""
-    blob = weights.resolve()
-    for path in {weights, blob}:
-        path.unlink(missing_ok=True)
+    """Remove a file from the Hub client's cache, where names are links to what was downloaded.
+
+    Where a link leads is the server's choice, so nothing is removed outside the repository's own downloads.
+    """
+    links = weights.parent.resolve()
+    blob = Path(os.path.abspath(links / os.readlink(weights))) if weights.is_symlink() else weights
+    weights.unlink(missing_ok=True)
+    if blob.parent.name == "blobs" and blob.parent.parent in links.parents:
+        blob.unlink(missing_ok=True)
 
 
 def _from_hub(cfg: PretrainedCfg) -> bool:
