@@ -15,6 +15,7 @@ from click.testing import CliRunner
 import zoo_compress as zc
 from zoo_compress.cli import cli
 from zoo_compress.errors import CompressError
+from zoo_compress.plugin.hub import load
 from zoo_compress.plugin.weights import digest
 from zoo_compress.recipe import load_recipe
 from zoo_compress.record import read_record, write_record
@@ -232,6 +233,19 @@ class TestPull:
         with pytest.raises(CompressError, match=said):
             pull(name, tmp_path / "out")
         assert list(tmp_path.iterdir()) == []
+
+    def test_a_folder_that_fills_meanwhile(self, tmp_path, monkeypatch):
+        there = tmp_path / "there"
+
+        def slow(folder):
+            there.mkdir(exist_ok=True)
+            (there / "mine").write_text("mine")
+            return load(folder)
+
+        monkeypatch.setattr("zoo_compress.sharing.pull.load", slow)
+        with pytest.raises(CompressError, match=r"there: expected a new or empty folder.* not empty"):
+            pull(HALF, there)
+        assert [path.name for path in tmp_path.rglob("*")] == ["there", "mine"]
 
     def test_folders_with_files_are_left_alone(self, tmp_path):
         (tmp_path / "mine").write_text("mine")

@@ -43,9 +43,13 @@ def pull(name: str, directory: str | Path) -> Path:
         folder.mkdir()
         _fetch(name, folder)
         load(folder)
-        if directory.exists():
-            directory.rmdir()
-        folder.rename(directory)
+        try:
+            if directory.exists():
+                directory.rmdir()
+            folder.rename(directory)
+        except OSError as error:
+            # Somebody else has put something there meanwhile.
+            raise CompressError(f"{directory}: expected a new or empty folder, cannot write it: {error.strerror}") from error
     return directory
 
 
