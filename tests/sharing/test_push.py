@@ -161,6 +161,12 @@ class TestFaults:
         assert step in hub.steps()
         assert zc.push_to_hub(checkpoint, REPO, tag="v1").changed
 
+    @pytest.mark.parametrize("step", ["info", "validate", "commit"])
+    def test_a_page_where_an_answer_should_be(self, hub, old, checkpoint, step):
+        """Of a proxy in between, of a network that wants a login; or of the Hub's own front, with a status that the client does not see."""
+        with hub.fault(step, body=lambda content: b"<html>Bad gateway</html>"), pytest.raises(HubError, match=r"me/half: .*HF_ENDPOINT"):
+            zc.push_to_hub(checkpoint, REPO)
+
     def test_5xx_while_it_is_made(self, hub, checkpoint):
         with hub.fault("create", status=500), pytest.raises(HubError, match="status 500"):
             zc.push_to_hub(checkpoint, REPO)

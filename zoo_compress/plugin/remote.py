@@ -6,6 +6,7 @@ Tokens are never part of a message: only what the client and the server say is q
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -71,6 +72,8 @@ def explain(error: BaseException, repository: str, file: str | None = None) -> s
             return f"what answers is no Hub ({quote(cause)}); check HF_ENDPOINT"
         if isinstance(cause, hub.HFValidationError):
             return f"expected OWNER/NAME: {quote(cause)}"
+        if isinstance(cause, json.JSONDecodeError):
+            return f"what answers is no Hub, or it failed: expected JSON ({quote(cause)}); try again later, and check HF_ENDPOINT"
         if isinstance(cause, OSError) and "Consistency check failed" in str(cause):
             return f"{file or 'a file'} arrived incomplete ({quote(cause)}); try again"
         # The HTTP client's own errors, by what they are called: which client that is, the Hub's client decides.
