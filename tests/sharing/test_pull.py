@@ -1,5 +1,6 @@
 """Loading from the Hub by name: every way it fails ends in one clear error, and nothing is executed or allocated for a file's sake."""
 
+import errno
 import json
 import os
 import pickle
@@ -13,6 +14,7 @@ import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from zoo_compress.errors import CompressError, HubError, VariantError
+from zoo_compress.sharing.pull import pull
 
 from ..hub_server import EXPIRED
 
@@ -150,6 +152,29 @@ class TestDamage:
         with published.fault("blob", body=lambda content: content[:-1] + bytes([content[-1] ^ 1])):
             refused("not the file that the Hub announced .*removed from the cache: try again", VariantError)
         timm.create_model(NAME, pretrained=True)
+
+    def test_damaged_weights_are_not_kept_by_pull(self, published, tmp_path):
+        with (
+            published.fault("blob", body=lambda content: content[:-1] + bytes([content[-1] ^ 1])),
+            pytest.raises(VariantError, match=r"me/half@v1: .*not the file that the Hub announced .*removed from the cache"),
+        ):
+            pull("me/half@v1", tmp_path / "there")
+        assert list(tmp_path.iterdir()) == []
+        pull("me/half@v1", tmp_path / "there")
+
+    @pytest.mark.parametrize("how", [lambda path: pull("me/half@v1", path), lambda path: timm.create_model(NAME)], ids=["pull", "timm"])
+    def test_a_damaged_config_is_not_kept(self, published, tmp_path, how):
+        with published.fault("get", body=lambda content: b"?" + content[1:]), pytest.raises(VariantError, match="expected JSON"):
+            how(tmp_path / "there")
+        how(tmp_path / "there")
+
+    def test_damaged_in_a_cache_that_is_read_only(self, published, monkeypatch):
+        def forget(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+        monkeypatch.setattr("zoo_compress.plugin.weights.forget", forget)
+        with published.fault("blob", body=lambda content: content[:-1] + bytes([content[-1] ^ 1])):
+            refused(r"not the file that the Hub announced.* cannot be removed from the cache \(Permission denied\)", VariantError)
 
     def test_a_hash_that_is_a_path_removes_no_file_outside_the_cache(self, published, tmp_path):
         mine, cache = tmp_path / "mine", tmp_path / "cache"

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import huggingface_hub
@@ -157,6 +159,18 @@ def _of_both(error: Exception, message: str) -> HubError:
     return new
 
 
+def forget(path: Path) -> None:
+    """Remove a file from the Hub client's cache, where names are links to what was downloaded.
+
+    Where a link leads is the server's choice, so nothing is removed outside the repository's own downloads.
+    """
+    links = path.parent.resolve()
+    blob = Path(os.path.abspath(links / os.readlink(path))) if path.is_symlink() else path
+    path.unlink(missing_ok=True)
+    if blob.parent.name == "blobs" and blob.parent.parent in links.parents:
+        blob.unlink(missing_ok=True)
+
+
 def install() -> None:
     """Make timm's factory say, in this package's words, why a `hf-hub:` or `local-dir:` name leads to no configuration.
 
@@ -168,7 +182,16 @@ def install() -> None:
     @functools.wraps(read_remote)
     def remote(model_id: str, cache_dir: Any = None) -> Any:
         def read() -> Any:
-            return read_remote(model_id, cache_dir=cache_dir)
+            try:
+                return read_remote(model_id, cache_dir=cache_dir)
+            except (json.JSONDecodeError, UnicodeDecodeError):
+                # The client takes what it has for good; see `weights.downloaded`.
+                repository, revision = hf_split(model_id)
+                cached = huggingface_hub.try_to_load_from_cache(repository, CONFIG, cache_dir, revision)
+                if isinstance(cached, str):
+                    with suppress(OSError):
+                        forget(Path(cached))
+                raise
 
         if model_id.count("@") > 1:
             raise HubError(f"{model_id}: expected OWNER/NAME or OWNER/NAME@REVISION")

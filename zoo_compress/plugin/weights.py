@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from timm.models._hub import download_from_hf
 from torch import Tensor, nn
 
 from ..errors import CompressError, VariantError
-from .remote import CONFIG, hub_errors
+from .remote import CONFIG, forget, hub_errors
 
 WEIGHTS = "model.safetensors"
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -64,14 +63,33 @@ def read(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Stored:
     if cfg.state_dict:
         return Stored(dict(cfg.state_dict), {}, "state_dict")
     config, weights = _locate(cfg, cache_dir)
+    if config is not None and _from_hub(cfg):
+        return downloaded(str(cfg.hf_hub_id), config, weights)
+    return _verified(config, weights)
+
+
+def downloaded(hub_id: str, config: Path, weights: Path) -> Stored:
+    """Read what the Hub's client has put into its cache, and remove it from there if it is damaged.
+
+    Args:
+        hub_id: `OWNER/NAME` or `OWNER/NAME@REVISION`, for the message.
+        config: Path of config.json in the cache.
+        weights: Path of the weights in the cache.
+
+    Raises:
+        VariantError: If the weights are no safetensors, or not those that were announced, or not those config.json was written with.
+    """
     try:
         return _verified(config, weights)
     except CompressError as error:
-        if not _from_hub(cfg):
-            raise
         # The client takes what it has for good: a damaged file would be found in the cache for ever.
-        _forget(weights)
-        raise VariantError(f"{cfg.hf_hub_id}: {error}. It was removed from the cache: try again, it will be downloaded anew") from error
+        try:
+            for path in (config, weights):
+                forget(path)
+            remedy = "It was removed from the cache: try again, it will be downloaded anew"
+        except OSError as failed:
+            remedy = f"It cannot be removed from the cache ({failed.strerror}): remove it, or choose another by HF_HUB_CACHE"
+        raise VariantError(f"{hub_id}: {error}. {remedy}") from error
 
 
 def _verified(config: Path | None, weights: Path) -> Stored:
@@ -88,18 +106,6 @@ def _verified(config: Path | None, weights: Path) -> Stored:
             f"damaged, or a save was interrupted; save again, or remove {DIGEST!r} from {CONFIG} to take them as they are"
         )
     return Stored(tensors, said.get(TIED, {}), str(weights))
-
-
-def _forget(weights: Path) -> None:
-    """Remove a file from the Hub client's cache, where names are links to what was downloaded.
-
-    Where a link leads is the server's choice, so nothing is removed outside the repository's own downloads.
-    """
-    links = weights.parent.resolve()
-    blob = Path(os.path.abspath(links / os.readlink(weights))) if weights.is_symlink() else weights
-    weights.unlink(missing_ok=True)
-    if blob.parent.name == "blobs" and blob.parent.parent in links.parents:
-        blob.unlink(missing_ok=True)
 
 
 def _from_hub(cfg: PretrainedCfg) -> bool:
@@ -189,7 +195,10 @@ def _said_in(config: Path) -> dict[str, Any]:
     """What config.json says of the weights beside it."""
     if not config.is_file():
         return {}
-    content = json.loads(config.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise VariantError(f"{config}: expected JSON: {error}") from error
     said = {key: content[key] for key in (DIGEST, TIED) if content.get(key) is not None} if isinstance(content, dict) else {}
     if not isinstance(said.get(DIGEST, ""), str):
         raise VariantError(f"{config}: {DIGEST}: expected a string, found {type(said[DIGEST]).__name__}")

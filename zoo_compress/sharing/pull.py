@@ -15,7 +15,7 @@ from timm.models._hub import hf_split
 from ..errors import CompressError
 from ..plugin.hub import load
 from ..plugin.remote import CONFIG, hub_errors
-from ..plugin.weights import WEIGHTS
+from ..plugin.weights import WEIGHTS, downloaded
 from ..training.checkpoint import check_empty, made
 from ..zoo import index
 from . import card
@@ -95,10 +95,15 @@ def _fetch(name: str, folder: Path) -> None:
     if hub_id.count("@") > 1:
         raise CompressError(f"{name}: expected OWNER/NAME or OWNER/NAME@REVISION")
     repo_id, revision = hf_split(hub_id)
+    cached = {}
     for file in (CONFIG, WEIGHTS, card.README, card.PICTURE):
         with hub_errors(hub_id, file):
             try:
-                shutil.copyfile(hf_hub_download(repo_id, file, revision=revision, library_name="zoo_compress"), folder / file)
+                cached[file] = Path(hf_hub_download(repo_id, file, revision=revision, library_name="zoo_compress"))
             except EntryNotFoundError:
                 if file in (CONFIG, WEIGHTS):
                     raise
+    with hub_errors(hub_id):
+        downloaded(hub_id, cached[CONFIG], cached[WEIGHTS])
+        for file, path in cached.items():
+            shutil.copyfile(path, folder / file)
