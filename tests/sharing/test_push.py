@@ -311,6 +311,11 @@ class TestFaults:
             zc.push_to_hub(torch.nn.Linear(2, 2), REPO)
         assert hub.log == []
 
+    def test_offline(self, hub, checkpoint, monkeypatch):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        with pytest.raises(HubError, match=r"^me/half: HF_HUB_OFFLINE forbids to reach the Hub$"):
+            zc.push_to_hub(checkpoint, REPO)
+
     def test_nobody_answers(self, hub, checkpoint):
         with hub.fault("info", silent=True), pytest.raises(HubError, match="the connection failed or broke off"):
             zc.push_to_hub(checkpoint, REPO)

@@ -138,7 +138,7 @@ _KINDS: tuple[tuple[type[BaseException], Callable[[str, str | None], str]], ...]
     (hub.DisabledRepoError, lambda *_: "the Hub has disabled this repository"),
     (hub.RevisionNotFoundError, lambda repository, _: f"no revision {_revision(repository)}"),
     (hub.RemoteEntryNotFoundError, lambda _, file: f"no {file or 'such file'} in it; other formats are not read"),
-    (hub.OfflineModeIsEnabled, lambda *_: "not in the cache, and HF_HUB_OFFLINE forbids to download it"),
+    (hub.OfflineModeIsEnabled, lambda _, file: f"{'not in the cache, and ' if file else ''}HF_HUB_OFFLINE forbids to reach the Hub"),
 )
 """Errors whose type says it all, the more special ones first."""
 
