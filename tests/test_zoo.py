@@ -1,5 +1,6 @@
 """The shipped zoo: every entry is what it says, loads offline by name, and names no weights that are not there."""
 
+import errno
 import json
 import re
 import shutil
@@ -284,6 +285,14 @@ class TestPublish:
         assert all(entry.hub_id for entry in others)
         assert [pushed.changed for pushed in publish("me", file=file, log=lambda line: None)] == [True, *[False] * len(others)]
         assert all(entry.hub_id for entry in index.read(file).variants)
+
+    def test_an_index_that_cannot_be_written(self, hub, file, monkeypatch):
+        def refuse(path, data):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+        monkeypatch.setattr("zoo_compress.sharing.ship.write_atomic", refuse)
+        with pytest.raises(CompressError, match=r"cannot write the index \(Permission denied\), though .* is on the Hub as me/"):
+            publish("me", file=file, log=lambda line: None)
 
     def test_what_the_index_does_not_mean_is_not_pushed(self, hub, file):
         weights = file.parent / "checkpoints" / HALF

@@ -201,7 +201,12 @@ def publish(
         hub_id = f"{repo_id}@{tag}" if tag else repo_id
         variants = tuple(entry.model_copy(update={"hub_id": hub_id}) if other.name == entry.name else other for other in listing.variants)
         listing = listing.model_copy(update={"variants": variants})
-        write_atomic(Path(file), index.dump(listing).encode())
+        try:
+            write_atomic(Path(file), index.dump(listing).encode())
+        except OSError as error:
+            raise CompressError(
+                f"{file}: cannot write the index ({error.strerror}), though {entry.name} is on the Hub as {hub_id}"
+            ) from error
         log(f"{entry.name}: {pushed.name}, {'pushed' if pushed.changed else 'there already'}")
     if failed:
         raise CompressError(f"{len(failed)} of {len(listing.variants)} variants were not published: {'; '.join(failed)}")
