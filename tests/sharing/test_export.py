@@ -1,6 +1,7 @@
 """Other formats and other people's code: outputs are the model's own."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -15,6 +16,7 @@ from zoo_compress.errors import CompressError
 from zoo_compress.plugin import save
 from zoo_compress.sharing import export
 from zoo_compress.sharing.int8 import export_int8
+from zoo_compress.sharing.pull import pull
 from zoo_compress.training.config import DataConfig
 
 HALF = "test_resnet__pruned.digits_half"
@@ -105,6 +107,15 @@ def test_a_file_in_the_way_of_a_folder(model, tmp_path):
     for write in (export.export_onnx, export.export_program):
         with pytest.raises(CompressError, match=r"file': expected a folder that can be written, found none and cannot make it"):
             write(model, tmp_path / "file/model")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder where not even root can write")
+@pytest.mark.parametrize(
+    "write", [export.export_onnx, export.export_program, lambda _, path: pull(HALF, path)], ids=["onnx", "program", "pull"]
+)
+def test_a_folder_that_cannot_be_written(model, write):
+    with pytest.raises(CompressError, match="/proc/there: expected a place in a folder that can be written"):
+        write(model, Path("/proc/there"))
 
 
 def test_the_extra_is_named(model, tmp_path, monkeypatch):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from ..methods.slimmable import Slimmable
 from ..plugin.hub import load
 from ..surgery.exits import ExitsModel
 from ..surgery.modules import evaluating
-from ..training.checkpoint import made
+from ..training.checkpoint import scratch_beside
 from ..training.config import DataConfig
 from ..training.data import check_fits, eval_loader
 from ..training.sources import open_source
@@ -120,10 +119,9 @@ def export_onnx(model: nn.Module, path: str | Path, data: DataConfig | None = No
 
     images = comparison_images(model, data)
     path = Path(path)
-    made(path.parent)
-    program = _program(model, images)
-    with tempfile.TemporaryDirectory(prefix=".exporting-", dir=path.parent) as scratch, quiet():
-        file = Path(scratch, path.name)
+    with scratch_beside(path) as scratch, quiet():
+        program = _program(model, images)
+        file = scratch / path.name
         try:
             torch.onnx.export(program, (), str(file), dynamo=True, external_data=False, verbose=False, input_names=["images"])
             session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
@@ -150,10 +148,9 @@ def export_program(model: nn.Module, path: str | Path | None = None, data: DataC
     if path is None:
         return _compared(model, images, _program(model, images).module(), data, None)
     path = Path(path)
-    made(path.parent)
-    program = _program(model, images)
-    with tempfile.TemporaryDirectory(prefix=".exporting-", dir=path.parent) as scratch:
-        file = Path(scratch, path.name)
+    with scratch_beside(path) as scratch:
+        program = _program(model, images)
+        file = scratch / path.name
         torch.export.save(program, str(file))
         exported = _compared(model, images, program.module(), data, file)
         os.replace(file, path)

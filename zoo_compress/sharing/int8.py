@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..errors import CompressError
-from ..training.checkpoint import made
+from ..training.checkpoint import scratch_beside
 from ..training.config import DataConfig
 from ..training.data import calibration_batches, check_fits, eval_loader
 from ..training.sources import open_source
@@ -62,9 +61,8 @@ def export_int8(model: nn.Module, path: str | Path, data: DataConfig, *, batches
         CompressError: The extra `onnx` is missing, or the model cannot be exported or quantized.
     """
     path = Path(path)
-    made(path.parent)
-    with tempfile.TemporaryDirectory(prefix=".exporting-", dir=path.parent) as scratch:
-        whole, prepared, small = (Path(scratch, name) for name in ("float.onnx", "prepared.onnx", path.name))
+    with scratch_beside(path) as scratch:
+        whole, prepared, small = (scratch / name for name in ("float.onnx", "prepared.onnx", path.name))
         export_onnx(model, whole, data)
         from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
         from onnxruntime.quantization.shape_inference import quant_pre_process

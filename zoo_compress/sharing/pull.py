@@ -16,7 +16,7 @@ from ..errors import CompressError
 from ..plugin.hub import load
 from ..plugin.remote import CONFIG, hub_errors
 from ..plugin.weights import WEIGHTS, downloaded
-from ..training.checkpoint import check_empty, made
+from ..training.checkpoint import check_empty, scratch_beside
 from ..zoo import index
 from . import card
 from .push import model_folder
@@ -37,9 +37,8 @@ def pull(name: str, directory: str | Path) -> Path:
     """
     directory = Path(directory)
     check_empty(directory)
-    made(directory.parent)
-    with tempfile.TemporaryDirectory(prefix=".pulling-", dir=directory.parent) as scratch:
-        folder = Path(scratch, "folder")
+    with scratch_beside(directory) as scratch:
+        folder = scratch / "folder"
         folder.mkdir()
         _fetch(name, folder)
         load(folder)

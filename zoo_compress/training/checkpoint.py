@@ -6,6 +6,7 @@ Tensors are stored as safetensors and the rest as JSON in the same file; nothing
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,22 @@ def made(folder: Path) -> Path:
         reason = error.strerror if isinstance(error, OSError) else error
         raise CompressError(f"{str(folder)!r}: expected a folder that can be written, found none and cannot make it: {reason}") from error
     return folder
+
+
+@contextmanager
+def scratch_beside(path: Path) -> Iterator[Path]:
+    """A folder on the same disk as a path, for what is renamed to it once it is whole. It is gone afterwards.
+
+    Raises:
+        CompressError: Nothing can be written there.
+    """
+    made(path.parent)
+    try:
+        scratch = tempfile.TemporaryDirectory(prefix=".making-", dir=path.parent)
+    except OSError as error:
+        raise CompressError(f"{path}: expected a place in a folder that can be written: {error.strerror}") from error
+    with scratch as folder:
+        yield Path(folder)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
