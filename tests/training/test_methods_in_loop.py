@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from zoo_compress.errors import CompressError
 from zoo_compress.methods.exits import ExitsConfig
 from zoo_compress.methods.netaug import NetAugConfig
 from zoo_compress.methods.slim import SlimConfig
@@ -64,3 +65,19 @@ def test_learns_real_digits_at_every_width(make_model, make_loaders, digits, met
     assert len(models) == {"netaug": 1, "slimming": 1, "nested": 4}.get(method.kind, 2)
     assert evaluate(models[0], test)["top1"] == history[-1].top1
     assert all(evaluate(model, test)["top1"] > 70 for model in models)
+
+
+@pytest.mark.parametrize("method", [None, SlimmingConfig()], ids=["none", "slimming"])
+@pytest.mark.parametrize(("made_by", "knob"), [("slim", "width"), ("us", "width"), ("exits", "exit"), ("exits, slim", "width")])
+def test_a_network_that_runs_in_several_ways_is_not_trained_in_one(make_model, make_loaders, made_by, knob, method):
+    net = METHODS[made_by].wrap(make_model())
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    with pytest.raises(CompressError, match=f"expected one that trains every .*{knob}.* of .*, found {'slimming' if method else 'none'}"):
+        fit(net, *make_loaders(), TrainConfig(epochs=1, lr=3e-3), method=method)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+def test_a_method_for_one_of_two_knobs_is_refused(make_model, make_loaders):
+    net = METHODS["exits, slim"].wrap(make_model())
+    with pytest.raises(CompressError, match="trains every exit"):
+        fit(net, *make_loaders(), TrainConfig(epochs=1, lr=3e-3), method=METHODS["slim"])

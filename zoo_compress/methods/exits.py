@@ -83,6 +83,10 @@ class ExitsConfig(MethodConfig):
     def needs_held_out(self) -> bool:
         return self.budget is not None
 
+    @property
+    def trains(self) -> tuple[str, ...]:
+        return ("exit",)
+
     def wrap(self, model: nn.Module) -> nn.Module:
         if self.exits is not None:
             return add_exits(model, self.exits, self.grid)

@@ -28,6 +28,10 @@ class SlimConfig(MethodConfig):
     widths: Annotated[tuple[float, ...], Field(min_length=1, strict=False)] = WIDTHS
     round_to: Count = 8
 
+    @property
+    def trains(self) -> tuple[str, ...]:
+        return ("width",)
+
     def wrap(self, model: nn.Module) -> Slimmable:
         return slimmed(model, self.widths, round_to=self.round_to)
 

@@ -34,6 +34,10 @@ class UsConfig(MethodConfig):
     samples: Annotated[int, Field(ge=2)] = 4
     round_to: Count = 8
 
+    @property
+    def trains(self) -> tuple[str, ...]:
+        return ("width",)
+
     def wrap(self, model: nn.Module) -> Slimmable:
         return slimmed(model, self.widths, universal=True, round_to=self.round_to)
 

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..errors import CompressError
+from ..profiling.settings import Adjustable
 from ..surgery.modules import evaluating
 from .checkpoint import load_state, save_state
 from .config import FinetuneConfig, TrainConfig
@@ -146,9 +147,10 @@ def fit(
         What each epoch did, those before a resume included.
 
     Raises:
-        CompressError: the loss is not finite, distillation is asked for without a teacher or beside a method that it does not go with, or
-            batches to be mixed have no pairs.
+        CompressError: the loss is not finite, distillation is asked for without a teacher or beside a method that it does not go with,
+            batches to be mixed have no pairs, or the model runs in several ways and would be trained in one.
     """
+    _check_ways(model, method)
     if method is not None and isinstance(config, FinetuneConfig):
         config.check_beside_method()
     phase, processes = phase or Phase(), processes or Processes()
@@ -215,6 +217,16 @@ def fit(
         if task.has_ema():
             model.load_state_dict(_result(task).state_dict())
     return history
+
+
+def _check_ways(model: nn.Module, method: MethodConfig | None) -> None:
+    knobs = model.knobs() if isinstance(model, Adjustable) else ()
+    left = [knob for knob in knobs if method is None or knob not in method.trains]
+    if left:
+        raise CompressError(
+            f"method: expected one that trains every {left[0]} of {type(model).__name__} (exits: {{}} for exits, slim or us for widths), "
+            f"found {method.kind if method else 'none'}: the others would be lost"
+        )
 
 
 def _create_mix(model: nn.Module, train: DataLoader, config: TrainConfig) -> Mixup | None:

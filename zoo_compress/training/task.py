@@ -46,6 +46,11 @@ class MethodConfig(Config):
         """Whether the method itself says which weights are removed; training keeps those of other models as they are."""
         return False
 
+    @property
+    def trains(self) -> tuple[str, ...]:
+        """Knobs of a network that runs in several ways (`width`, `exit`) all of whose values it takes care of."""
+        return ()
+
     def wrap(self, model: nn.Module) -> nn.Module:
         """The network to train."""
         raise NotImplementedError
@@ -83,6 +88,10 @@ class Nested(MethodConfig):
     @property
     def removes(self) -> bool:
         return any(method.removes for method in self.methods)
+
+    @property
+    def trains(self) -> tuple[str, ...]:
+        return tuple(knob for method in self.methods for knob in method.trains)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         for method in self.methods:
