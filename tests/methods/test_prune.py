@@ -57,6 +57,13 @@ def test_every_criterion_scores_and_prunes(model, layout, criterion):
 
 
 @pytest.mark.parametrize("criterion", [name for name, criterion in CRITERIA.items() if criterion.statistic is not None])
+def test_criteria_that_need_data_look_at_exits(model, criterion):
+    net = zc.add_exits(model, 1)
+    data = [(torch.randn(4, 3, 32, 32), torch.arange(4))]
+    assert zc.analyze(zc.prune(net, macs=0.6, criterion=criterion, data=data)).macs() < 0.65 * zc.analyze(net).macs()
+
+
+@pytest.mark.parametrize("criterion", [name for name, criterion in CRITERIA.items() if criterion.statistic is not None])
 def test_criteria_that_need_data_say_so(model, layout, criterion):
     with pytest.raises(zc.CompressError, match=f"{criterion}.*pass data="):
         zc.prune(model, macs=0.6, criterion=criterion, layout=layout)

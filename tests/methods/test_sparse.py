@@ -120,6 +120,18 @@ class TestCriteria:
         for name, score in saliency(tiny, layer_weights(tiny), criterion, few).items():
             assert torch.allclose(found[name], score)
 
+    @pytest.mark.parametrize("criterion", ["snip", "grasp", "obd", "gradient", "synflow"])
+    def test_heads_of_exits_count(self, criterion, model, data):
+        net = zc.add_exits(model, 1)
+        name = "exits.0.fc.weight"
+        found = saliency(net, {name: net.get_parameter(name)}, criterion, data[:1])[name]
+        assert found.ne(0).any(1).all()
+        if criterion == "gradient":
+            net.train()
+            (images, target), head = data[0], net.get_parameter(name)
+            F.cross_entropy(net(images)[0], target).backward()
+            assert torch.allclose(found, head.grad.abs().double(), atol=1e-6)
+
     def test_what_has_no_second_derivative(self, few):
         net = nn.Sequential(nn.Flatten(), nn.Linear(18, 3), nn.Hardsigmoid()).double()
         with pytest.raises(CompressError, match=r"^criterion 'grasp': it needs second derivatives, and torch has none"):

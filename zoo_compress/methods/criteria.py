@@ -22,7 +22,7 @@ from ..errors import CompressError
 from ..structure import terms
 from ..structure.layout import Layout, parse
 from ..surgery.images import fitting
-from ..surgery.modules import clear_caches, copied
+from ..surgery.modules import clear_caches, copied, every_output
 from ..surgery.modules import statistics as running
 
 Data = Iterable[tuple[torch.Tensor, torch.Tensor]]
@@ -63,11 +63,18 @@ def _kind(value: object) -> str:
     return str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
 
 
+def cross_entropy(model: nn.Module, images: torch.Tensor, target: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """Cross-entropy of a model's logits over a temperature, added up over all that it gives."""
+    output = model(images)
+    every = output if isinstance(output, list) else [output]
+    return torch.stack([F.cross_entropy(logits / temperature, target) for logits in every]).sum()
+
+
 def gradient(model: nn.Module, data: Data) -> dict[str, torch.Tensor]:
     """Gradient of the cross-entropy, summed over batches."""
     model.zero_grad()
     for images, target in fitted(model, data, "gradients"):
-        F.cross_entropy(model(images), target).backward()
+        cross_entropy(model, images, target).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -78,7 +85,7 @@ def squared_gradient(model: nn.Module, data: Data) -> dict[str, torch.Tensor]:
     for images, target in fitted(model, data, "per-sample gradients"):
         for image, label in zip(images.split(1), target.split(1), strict=True):
             model.zero_grad()
-            F.cross_entropy(model(image), label).backward()
+            cross_entropy(model, image, label).backward()
             samples += 1
             for name, p in model.named_parameters():
                 if p.grad is not None:
@@ -180,7 +187,8 @@ def gather(
     # Some keep what they computed of their weights for the next image, and with it the graph of a backward pass that is over.
     subject.register_forward_pre_hook(lambda *_: clear_caches(subject))
     try:
-        found = statistic(subject, data)
+        with every_output(subject):
+            found = statistic(subject, data)
     except CompressError as error:
         raise CompressError(f"criterion {criterion!r}: {error}") from error
     except (TypeError, ValueError, RuntimeError, IndexError) as error:

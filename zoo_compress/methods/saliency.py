@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import CompressError
-from ..surgery.modules import copied
+from ..surgery.modules import copied, every_output
 from ..surgery.trace import default_input
-from .criteria import Data, Statistic, fitted, gather, gradient, squared_gradient
+from .criteria import Data, Statistic, cross_entropy, fitted, gather, gradient, squared_gradient
 
 Scores = dict[str, Tensor]
 """Name of a parameter → scores of its elements, of its shape."""
@@ -48,7 +47,7 @@ def hessian_gradient(model: nn.Module, data: Data) -> dict[str, Tensor]:
 
     def losses() -> Iterable[Tensor]:
         for images, target in fitted(model, batches, "gradients"):
-            yield F.cross_entropy(model(images) / TEMPERATURE, target)
+            yield cross_entropy(model, images, target, TEMPERATURE)
 
     total = [torch.zeros_like(p) for p in named.values()]
     for loss in losses():
@@ -128,6 +127,7 @@ def _flow(model: nn.Module) -> dict[str, Tensor]:
         for tensor in (*subject.parameters(), *subject.buffers()):
             if tensor.is_floating_point():
                 tensor.abs_()
-    output = subject(torch.ones(1, *default_input(model).shape[1:], dtype=torch.float64))
+    with every_output(subject):
+        output = subject(torch.ones(1, *default_input(model).shape[1:], dtype=torch.float64))
     torch.as_tensor(sum(o.sum() for o in output) if isinstance(output, (list, tuple)) else output.sum()).backward()
     return {name: p.grad for name, p in subject.named_parameters() if p.grad is not None}
