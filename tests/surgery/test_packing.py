@@ -97,6 +97,15 @@ def test_what_would_not_shrink_stays():
     assert pack(sparse(4), Packing(mask=True)) is None, "names take more than four numbers"
 
 
+@pytest.mark.parametrize("mask", [False, True])
+def test_more_values_than_the_record_says_have_no_codebook(mask):
+    """As where heads that share values were scaled one by one: fewer than a codebook could ever hold, but the reader refuses them."""
+    weight, packing = clustered(10, 64, bits=3, density=0.5 if mask else 1.0), Packing(mask=mask, bits=2)
+    parts = pack(weight, packing)
+    assert parts is None or "codebook" not in parts
+    assert same(unpack_state(pack_state({"fc.weight": weight}, {"fc.weight": packing}), {"fc.weight": packing}, "")["fc.weight"], weight)
+
+
 def test_states_keep_what_is_not_packed():
     state = {"a.weight": sparse(50, 50), "a.bias": torch.randn(50), "b.weight": torch.randn(50, 50)}
     packed = dict.fromkeys(["a.weight", "b.weight"], Packing(mask=True))

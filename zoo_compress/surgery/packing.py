@@ -76,7 +76,8 @@ def pack(tensor: Tensor, packing: Packing) -> dict[str, Tensor] | None:
     mask = _smaller("mask", pack_bits(kept), pack_bits(kept))
     ways = [{**mask, "values": tensor.flatten()[torch.from_numpy(kept)]}]
     if packing.bits is not None:
-        ways += [_coded(whole, tensor.dtype), {**mask, **_coded(whole[kept], tensor.dtype)}]
+        ways += [_coded(whole, tensor.dtype, _most(packing.bits, masked=False))]
+        ways += [{**mask, **_coded(whole[kept], tensor.dtype, _most(packing.bits, masked=True))}]
     ways = [{**shape, **way} for way in ways if "values" in way or "codebook" in way]
     best = min(ways, key=_bytes, default=None)
     return best if best is not None and _bytes(best) < tensor.nbytes + NAME_BYTES else None
@@ -122,7 +123,7 @@ def unpack(parts: Mapping[str, Tensor], packing: Packing, where: str, most: int 
 def _looked_up(found: _Parts, packing: Packing, count: int, *, masked: bool) -> Tensor:
     """The values of so many elements by their indices into a codebook."""
     codebook = found.part("codebook", "floats")
-    most = min(2**MAX_BITS, 2 ** (packing.bits or 0) + (not masked))
+    most = _most(packing.bits or 0, masked=masked)
     if packing.bits is None or not 1 <= len(codebook) <= most:
         raise found.wrong("codebook", f"at most {most} values, as its record says" if packing.bits else "none in its record", len(codebook))
     bits = _bits(len(codebook))
@@ -215,6 +216,11 @@ def unpack_state(state: Mapping[str, Tensor], packed: Mapping[str, Packing], whe
     return out
 
 
+def _most(bits: int, *, masked: bool) -> int:
+    """How many values a codebook may have: as many as its bits tell apart, and without a mask one more, that of what is removed."""
+    return min(2**MAX_BITS, 2**bits + (not masked))
+
+
 def _bits(values: int) -> int:
     """Bits of an index into so many values."""
     return max(1, (values - 1).bit_length())
@@ -228,9 +234,9 @@ def _few(whole: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray] | None:
     return (values, indices) if len(values) <= most else None
 
 
-def _coded(whole: np.ndarray, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Codebook and indices of elements given as integers; empty where there are too many values."""
-    found = _few(whole, 2**MAX_BITS)
+def _coded(whole: np.ndarray, dtype: torch.dtype, most: int) -> dict[str, Tensor]:
+    """Codebook and indices of elements given as integers; empty where there are more values than `most`."""
+    found = _few(whole, most)
     if found is None or not len(whole):
         return {}
     values, indices = found
