@@ -4,6 +4,8 @@ import pytest
 import timm
 import torch
 
+import zoo_compress as zc
+from zoo_compress.errors import CompressError
 from zoo_compress.methods.blocks import BlocksConfig
 from zoo_compress.methods.groups import GroupsConfig
 from zoo_compress.training.config import TrainConfig
@@ -38,3 +40,12 @@ def test_training_goes_on_to_the_same_bits(tmp_path, make_loaders, ema, config, 
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
     assert not torch.equal(whole.structure_scales, torch.ones(parts))
     assert method.finish(whole, ()).state_dict().keys() <= make().state_dict().keys()
+
+
+@pytest.mark.parametrize("config", [BlocksConfig, GroupsConfig])
+@pytest.mark.parametrize(
+    "pack", [lambda net: zc.cluster(net, bits=2), lambda net: zc.sparsify(net, density=0.5)], ids=["shared", "removed"]
+)
+def test_what_would_lose_removed_or_shared_weights_is_refused_before_training(config, pack):
+    with pytest.raises(CompressError, match=f"^{config().kind}: expected a model without removed or shared weights"):
+        config().wrap(pack(make()))

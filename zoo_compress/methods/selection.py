@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import CompressError
+from ..surgery.origin import refuse_packed
 from ..training.config import Fraction
 from ..training.task import MethodConfig, MethodTask
 
@@ -84,6 +85,7 @@ class SelectionConfig(MethodConfig):
         raise NotImplementedError
 
     def wrap(self, model: nn.Module) -> nn.Module:
+        refuse_packed(model, self.kind)  # factors may turn signs, and with them removed weights into -0.0
         count = self.count(model)
         like = next(p for p in model.parameters() if p.is_floating_point())
         model.register_buffer(SCALES, torch.ones(count).to(like))
