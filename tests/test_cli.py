@@ -29,6 +29,10 @@ def saved(tmp_path_factory):
 
 COMMANDS = [
     "run",
+    "compare",
+    "rethink",
+    "lottery",
+    "exits",
     "inspect",
     "prune",
     "eval",
@@ -60,6 +64,12 @@ def test_help_has_examples(command):
 def test_help_lists_the_commands():
     text = invoke("--help").output
     assert all(f"\n  {command} " in text for command in COMMANDS)
+    assert set(COMMANDS) == cli.commands.keys()
+
+
+@pytest.mark.parametrize(("command", "takes_folders"), [("pull", False), ("verify", True), ("export", True)])
+def test_help_says_who_takes_a_folder(command, takes_folders):
+    assert ("or a folder" in " ".join(invoke(command, "--help").output.split())) == takes_folders
 
 
 def test_inspect_shows_layout_and_costs():

@@ -7,7 +7,8 @@ import click
 from ..errors import CompressError
 from .common import cli, examples
 
-NAME_HELP = "NAME is a name of `zoo-compress list`, OWNER/REPO or OWNER/REPO@REVISION on the Hub, or a folder."
+VARIANT_HELP = "NAME is a name of `zoo-compress list`, or OWNER/REPO or OWNER/REPO@REVISION on the Hub"
+NAME_HELP = f"{VARIANT_HELP}, or a folder."
 TOKENS = "The token is the one `hf auth login` stored, or HF_TOKEN."
 
 
@@ -28,7 +29,9 @@ def list_(pattern: str) -> None:
 
 
 @cli.command(
-    epilog=NAME_HELP + "\n\n" + examples("zoo-compress pull test_byobnet__pruned.fmnist_half", "zoo-compress pull OWNER/REPO@v1 -o there")
+    epilog=VARIANT_HELP
+    + ".\n\n"
+    + examples("zoo-compress pull test_byobnet__pruned.fmnist_half", "zoo-compress pull OWNER/REPO@v1 -o there")
 )
 @click.argument("name")
 @click.option(
@@ -54,7 +57,7 @@ def pull(name: str, output: Path | None) -> None:
 @click.option("--message", help="Of the commit.")
 @click.option("--revision", help="Branch to commit to; it must exist.")
 def push(directory: Path, repo_id: str, tag: str | None, private: bool, message: str | None, revision: str | None) -> None:
-    """Publish the model in DIR on the Hugging Face Hub: its three files in one commit, and nothing else.
+    """Publish the model in DIR on the Hugging Face Hub: its files and its card in one commit, and nothing else.
 
     DIR is a saved model, or the output folder of a recipe, whose card is then written first.
     """
