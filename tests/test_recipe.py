@@ -203,7 +203,7 @@ BAD = {
     "teacher before pruning": (
         "- train: {",
         "- finetune: {distill: {}, ",
-        "expected a stage that compresses before stages.0",
+        "before stages.0.finetune.distill, whose teacher is the model before it, or a teacher, found neither",
     ),
     "missing part": ("output: out", "", "output: expected a value, found none"),
     "key given twice": ("output: out", "output: out\noutput: there", "line 5: found the key 'output' twice"),

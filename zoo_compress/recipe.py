@@ -297,7 +297,7 @@ class Recipe(Config):
             if isinstance(stage, FinetuneStage) and stage.distill and stage.distill.teacher is None and not compressed:
                 raise ValueError(
                     f"expected a stage that compresses before stages.{index}.finetune.distill, whose teacher is the model before it, "
-                    "or a teacher"
+                    "or a teacher, found neither"
                 )
             compressed = compressed or isinstance(stage, PruneStage | ChangeConfig)
         for index, stage in enumerate(self.stages):

@@ -162,6 +162,8 @@ def test_methods_of_a_recipe_compose(images):
     assert again.wrap(net) is net
     with pytest.raises(CompressError, match=r"expected the widths of the model, a network of 0\.5, 1, found 0\.25, 1"):
         nested([ExitsConfig(), SlimConfig(widths=(0.25, 1.0))]).wrap(net)
+    with pytest.raises(CompressError, match=r"a network of 0\.5, 1, found a universal network of 0\.5, 1"):
+        UsConfig(widths=(0.5, 1.0)).wrap(net)
     with pytest.raises(CompressError, match="expected slim last"):
         nested([slim, exits])
     with pytest.raises(CompressError, match="which has none"):

@@ -192,13 +192,14 @@ def slimmed(model: nn.Module, widths: Sequence[float], *, universal: bool = Fals
     """What `slim` makes; a network that it has made already, as long as it is the same.
 
     Raises:
-        CompressError: If the network runs at other widths.
+        CompressError: If the network runs at other widths, or is universal where that is not wanted, or the other way round.
     """
     if not isinstance(model, Slimmable):
         return slim(model, widths, universal=universal, round_to=round_to)
     if model.widths != _checked(widths, round_to) or model.universal != universal:
-        kind = "a universal network" if model.universal else "a network"
-        raise CompressError(f"slim: expected the widths of the model, {kind} of {_listed(model.widths)}, found {_listed(widths)}")
+        own, other = ("a universal network" if kind else "a network" for kind in (model.universal, universal))
+        found = f"{other} of {_listed(widths)}" if own != other else _listed(widths)
+        raise CompressError(f"slim: expected the widths of the model, {own} of {_listed(model.widths)}, found {found}")
     return model
 
 
