@@ -110,7 +110,7 @@ def test_what_timm_users_expect(net, images, tmp_path):
 @pytest.mark.parametrize(
     ("exits", "said"),
     [
-        (None, "expected exits="),
+        (None, "expected one of exits=, variant="),
         (0, "expected 1 to 256"),
         (True, "found True"),
         ((), r"found \(\)"),
