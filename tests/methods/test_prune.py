@@ -35,6 +35,20 @@ def test_budget_is_met(model, layout, budget, fraction, scope):
     assert abs(reached - fraction) <= 0.02
 
 
+@pytest.mark.parametrize("budget", ["macs", "params", "keep"])
+def test_local_sizes_are_those_of_the_budget_whatever_weights_are_worth(budget):
+    model = timm.create_model("resnet18__pruned", keep=0.25)
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p.mul_(2.0 ** (i % 5))
+    layouts = [zc.analyze(zc.prune(model, scope="local", criterion=criterion, **{budget: 0.5})) for criterion in ("l1", "random")]
+    first, second = ({name: axis.size for name, axis in layout.axes.items()} for layout in layouts)
+    assert first == second
+    whole = zc.analyze(model)
+    kept = [first[name] / whole.axes[name].size for group in groups(whole) for name in group.axes]
+    assert max(kept) - min(kept) <= 0.125, "one step of rounding"
+
+
 def test_absolute_counts(model, layout):
     half = layout.macs() // 2
     small = zc.prune(model, macs=half, layout=layout)
@@ -42,9 +56,9 @@ def test_absolute_counts(model, layout):
 
 
 def test_everything_kept_is_the_same_model(model, layout):
-    same = zc.prune(model, macs=1.0, layout=layout)
     image = torch.randn(2, *model.default_cfg["input_size"])
-    assert torch.equal(same(image), model(image))
+    for same in (zc.prune(model, macs=1.0, layout=layout), zc.prune(model, macs=1.0, exclude=["*"], layout=layout)):
+        assert torch.equal(same(image), model(image))
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)

@@ -182,7 +182,7 @@ class TestAsTimmUsersExpect:
         assert len(net(torch.randn(1, 3, 64, 64))) > 1
 
     def test_pretrained_needs_weights(self):
-        with pytest.raises(CompressError, match="resnet18__sparse: expected density="):
+        with pytest.raises(CompressError, match="resnet18__sparse: expected one of density="):
             timm.create_model("resnet18__sparse")
         with pytest.raises(CompressError, match="test_resnet__clustered: expected bits="):
             timm.create_model("test_resnet__clustered")

@@ -68,8 +68,9 @@ def meet(
 ) -> dict[str, int]:
     """Sizes of all axes in `groups` that meet a budget.
 
-    One number (a threshold on the ranking, or a fraction of every axis) is bisected until the rounded sizes fit; then single steps, the
-    cheapest in worth first, close what rounding left.
+    A threshold on the ranking is bisected until the rounded sizes fit; then single steps, the cheapest in worth first, close what rounding
+    left. In the local scope the ranking is of how much of its group a step would be, so that all groups shrink alike and the sizes depend
+    on the budget alone.
 
     Args:
         layout: The model's layout.
@@ -101,6 +102,8 @@ def meet(
         raise WidthError(
             f"prune: cannot keep {target:.1%} of {budget.kind}: the least reachable with min_keep={budget.min_keep:g} is {least:.1%}{why}"
         )
+    if not ladders:
+        return {}
     chosen = None
     if len(costs) > 1:
         chosen = _balanced(ladders, layout, budget, fractions, target)
@@ -118,9 +121,13 @@ class _Ladder:
 
     def __init__(self, group: Group, scores: Mapping[str, np.ndarray], budget: Budget) -> None:
         self.group = group
-        # Worth of the k-th step: the mean score of the elements it adds, over the group's axes.
-        blocks = [np.sort(scores[name])[::-1].reshape(group.steps, -1).mean(axis=1) for name in group.axes]
-        self.worth = np.mean(blocks, axis=0)
+        if budget.scope == "local":
+            # Worth of the k-th step: the less, the more of the group is there already, whatever its elements are worth.
+            self.worth = 1 - (np.arange(group.steps) + 0.5) / group.steps
+        else:
+            # The mean score of the elements it adds, over the group's axes.
+            blocks = [np.sort(scores[name])[::-1].reshape(group.steps, -1).mean(axis=1) for name in group.axes]
+            self.worth = np.mean(blocks, axis=0)
         self.least = group.least(budget.min_keep)
         self._round_to = budget.round_to
 
@@ -201,20 +208,34 @@ def _balanced(
 
 
 def _fit(ladders: list[_Ladder], budget: Budget, fraction: Fraction, target: float) -> Steps:
-    """Steps, one per ladder, whose cost is nearest to the target. The preferred multiple is halved while the target is missed."""
-    levels = np.unique(np.concatenate([ladder.worth for ladder in ladders])) if budget.scope == "global" else np.linspace(1, 0, 1025)
+    """Steps, one per ladder, whose cost is nearest to the target; in the local scope the most even of those that are near enough. The
+    preferred multiple is halved while the target is missed.
+    """
+
+    def miss(steps: Steps) -> float:
+        return abs(fraction(steps) - target)
+
+    def rank(steps: Steps) -> tuple[float, float]:
+        if budget.scope == "global":
+            return miss(steps), 0.0
+        kept = [step / ladder.group.steps for ladder, step in zip(ladders, steps, strict=True)]
+        return max(miss(steps), TOLERANCE / 2), max(kept) - min(kept)
+
+    levels = np.unique(np.concatenate([ladder.worth for ladder in ladders]))
     best: Steps = []
     for fineness in range(budget.round_to.bit_length()):
         steps = [ladder.allowed(fineness) for ladder in ladders]
-        sides = _bisect(ladders, steps, levels, budget.scope, fraction, target)
+        sides = _bisect(ladders, steps, levels, fraction, target)
         # A coarse group (linked heads) may jump far past the target at one level: hold it on either side and let the others meet it.
         coarse = [_is_coarse(i, sides[0], allowed, fraction) for i, allowed in enumerate(steps)]
-        for side in sides:
-            held = [np.array([side[i]]) if coarse[i] else allowed for i, allowed in enumerate(steps)]
-            for start in _bisect(ladders, held, levels, budget.scope, fraction, target):
+        choices = [[np.array([side[i]]) if coarse[i] else allowed for i, allowed in enumerate(steps)] for side in sides]
+        if budget.scope == "local":
+            choices.append(steps)
+        for held in choices:
+            for start in _bisect(ladders, held, levels, fraction, target):
                 found = _close(ladders, held, start, fraction, target)
-                best = min([best, found] if best else [found], key=lambda chosen: abs(fraction(chosen) - target))
-        if abs(fraction(best) - target) <= TOLERANCE / 2:
+                best = min([best, found] if best else [found], key=rank)
+        if miss(best) <= TOLERANCE / 2:
             break
     return best
 
@@ -226,15 +247,13 @@ def _is_coarse(i: int, chosen: Steps, allowed: np.ndarray, fraction: Fraction) -
     return abs(fraction([*chosen[:i], other, *chosen[i + 1 :]]) - fraction(chosen)) > TOLERANCE
 
 
-def _bisect(
-    ladders: list[_Ladder], steps: list[np.ndarray], levels: np.ndarray, scope: str, fraction: Fraction, target: float
-) -> list[Steps]:
+def _bisect(ladders: list[_Ladder], steps: list[np.ndarray], levels: np.ndarray, fraction: Fraction, target: float) -> list[Steps]:
     """The widest choice on one scale that stays within the target, and its wider neighbour. Levels run from wide to narrow."""
 
     def at(level: float) -> Steps:
         chosen = []
         for ladder, allowed in zip(ladders, steps, strict=True):
-            wanted = int((ladder.worth >= level).sum()) if scope == "global" else level * ladder.group.steps
+            wanted = int((ladder.worth >= level).sum())
             chosen.append(int(allowed[np.abs(allowed - wanted).argmin()]))
         return chosen
 
