@@ -184,7 +184,7 @@ class TestAsTimmUsersExpect:
     def test_pretrained_needs_weights(self):
         with pytest.raises(CompressError, match="resnet18__sparse: expected one of density="):
             timm.create_model("resnet18__sparse")
-        with pytest.raises(CompressError, match="test_resnet__clustered: expected bits="):
+        with pytest.raises(CompressError, match="test_resnet__clustered: expected one of bits="):
             timm.create_model("test_resnet__clustered")
         with pytest.raises(CompressError, match=r"found macs="):
             timm.create_model("test_resnet__sparse", macs=0.5)
