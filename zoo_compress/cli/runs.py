@@ -27,6 +27,7 @@ def run(recipe: Path, fresh: bool, seed: int | None) -> None:
     A run that was stopped goes on after its last epoch and ends with the same numbers. A finished one is not run again. Of a recipe that
     made a variant of the zoo, the hash of the weights is compared with the zoo's.
     """
+    from ..recipe import load_recipe
     from ..record import format_table
     from ..runner import run as run_recipe
     from ..sharing.ship import rebuilt
@@ -38,7 +39,7 @@ def run(recipe: Path, fresh: bool, seed: int | None) -> None:
         raise SystemExit(130) from None
     if record.table:
         click.echo(format_table(record.table))
-    for line in rebuilt(str(record.recipe["output"]), recipe) if seed is None else ():
+    for line in rebuilt(Path(load_recipe(recipe).output).expanduser(), recipe) if seed is None else ():
         click.echo(line)
 
 
