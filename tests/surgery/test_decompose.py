@@ -56,7 +56,7 @@ def test_full_rank_is_exact(kind, seen):
 
 def test_losses_are_what_the_two_weights_leave(kind, seen):
     weight, ranks = weight_of(kind), np.arange(1, full_rank(kind))
-    said = losses(kind, weight, seen, ranks)
+    said = losses(kind, weight, seen, ranks, energy(weight, seen))
     assert (np.diff(said) <= 1e-9 * said[0]).all()
     x = torch.eye(weight.flatten(1).shape[1], dtype=torch.float64) if seen is None else inputs_of(kind)
     scale = torch.ones(len(weight), dtype=torch.float64) if seen is None else seen.weights
@@ -76,7 +76,7 @@ def test_with_data_the_loss_is_that_of_the_outputs_principal_components(kind):
     values = torch.linalg.eigvalsh(outputs.mT @ outputs / len(x))
     ranks = np.arange(1, full_rank(kind))
     expected = [float(values[: len(values) - rank].sum()) for rank in ranks]
-    np.testing.assert_allclose(losses(kind, weight, seen, ranks), expected, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(losses(kind, weight, seen, ranks, energy(weight, seen)), expected, rtol=1e-6, atol=1e-8)
 
 
 def test_no_horizontal_filters_are_better_than_those_of_least_squares():
@@ -106,7 +106,7 @@ def test_each_turn_of_separable_least_squares_is_better(monkeypatch):
     left = []
     for turns in (1, 2, 3, 4):
         monkeypatch.setattr(decompose, "TURNS", turns)
-        left.append(float(losses("separable", weight, seen, np.array([1]))[0]))
+        left.append(float(losses("separable", weight, seen, np.array([1]), energy(weight, seen))[0]))
     assert all(later <= earlier * (1 + 1e-7) for earlier, later in itertools.pairwise(left))
     by_weight = fit(Factor(kind="separable", rank=1), weight, None)
     assert left[0] < energy(weight - composed(Factor(kind="separable", rank=1), by_weight.first, by_weight.second), seen)

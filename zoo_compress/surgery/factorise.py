@@ -144,7 +144,7 @@ def plan_factors(
         weight, seen = get_tensor(model, f"{path}.weight"), Seen.of(moments[f"{path}.weight"]) if moments else None
         energies[path] = max(energy(weight, seen), 1e-30)
         curves[path] = {
-            kind: (ranks, 1 - losses(kind, weight, seen, ranks) / energies[path])
+            kind: (ranks, 1 - losses(kind, weight, seen, ranks, energies[path]) / energies[path])
             for kind in _kinds(layer, wanted)
             if len(ranks := _ranks(layer, kind, wanted))
         }
