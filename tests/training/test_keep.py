@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from timm.utils import ModelEmaV3, unwrap_model
 from torch import nn
 from torch.nn import functional as F
 
@@ -160,3 +161,22 @@ def test_clusters_are_kept_by_the_loop(make_model, make_loaders):
             assert len(members) == 1
             assert value != 0 or members[0] == 0
         assert not torch.equal(after, weight)
+
+
+@pytest.mark.parametrize("wrap", [lambda net: torch.compile(net, backend="eager"), ModelEmaV3], ids=["compiled", "averaged"])
+def test_what_wraps_a_model_has_its_zeros_kept(make_model, make_loaders, wrap):
+    net = zc.sparsify(make_model(), density=0.2)
+    wrapped = wrap(net)
+    inner = unwrap_model(wrapped)
+    masks, optimizer = masks_of(net), torch.optim.SGD(inner.parameters(), 0.1, momentum=0.9)
+    keeper = zc.keep_packed(wrapped, optimizer)
+    images, target = next(iter(make_loaders()[0]))
+    for parameter in inner.parameters():
+        parameter.requires_grad_(True)
+    F.cross_entropy(inner(images), target).backward()
+    optimizer.step()
+    assert all(torch.equal(mask, masks_of(inner)[name]) for name, mask in masks.items())
+    with torch.no_grad():
+        inner.fc.weight += 1
+    keeper.restore_(wrapped)
+    assert torch.equal(masks["fc.weight"], masks_of(inner)["fc.weight"])

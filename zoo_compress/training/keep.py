@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -78,7 +79,7 @@ class Keeper:
     @torch.no_grad()
     def restore_(self, model: nn.Module) -> None:
         """Give the weights of a model, the trained one or an average of it, the zeros and shared values, in place."""
-        parameters = dict(model.named_parameters())
+        parameters = dict(unwrap_model(model).named_parameters())
         for name, clusters in self.clusters.items():
             parameters[name].copy_(clusters.means(parameters[name]))
         for name, mask in self.masks.items():
@@ -140,7 +141,7 @@ def keep_packed(model: nn.Module, optimizer: torch.optim.Optimizer) -> Keeper:
     Recipes and `zoo_compress.training` do this by themselves.
 
     Args:
-        model: The model.
+        model: The model, or what wraps it for training (`torch.compile`, `DistributedDataParallel`).
         optimizer: Any optimizer of its parameters.
 
     Returns:
@@ -149,6 +150,7 @@ def keep_packed(model: nn.Module, optimizer: torch.optim.Optimizer) -> Keeper:
     Raises:
         CompressError: If the model says of no weight that it is removed or shared.
     """
+    model = unwrap_model(model)  # wrappers have other names for its parameters
     packed = packed_of(model)
     if not packed:
         raise CompressError(
