@@ -118,3 +118,48 @@ def test_trains_and_resumes_to_the_same_bits(tmp_path, make_model, make_loaders,
 def test_more_than_is_left(make_model):
     with pytest.raises(CompressError, match=r"gradual: density: expected at most the 0\.1 that is left"):
         GradualConfig(density=0.5).wrap(zc.sparsify(make_model(), density=0.1))
+
+
+def test_layers_left_alone_keep_their_zeros(make_model, make_loaders):
+    net = zc.sparsify(make_model(), density=0.4, scope="local")
+    before = masks_of(net)
+    method = GradualConfig(density=0.2, every=2, exclude=("layer4.*", "fc.weight"))
+    task = GradualTask(ClassificationTask(net, verbose=False), method)
+    assert density(task.masks) == pytest.approx(0.4, abs=1e-2)
+    net, _ = trained(net, make_loaders(), method)
+    after = masks_of(net)
+    assert density({name: mask for name, mask in after.items() if name in task.masks}) == pytest.approx(0.2, abs=1e-3)
+    assert all(torch.equal(before[name], after[name]) for name in after if name not in task.masks)
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_a_step_that_is_not_taken_does_not_say_what_grows(make_model, to_none):
+    net = zc.sparsify(make_model(), density=0.2, criterion="random")
+    task = GradualTask(ClassificationTask(net, verbose=False), GradualConfig(density=0.2, every=1, regrow=0.3))
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    task.start_epoch(0, 1, optimizer, 10)
+    images, target = torch.randn(8, *net.pretrained_cfg["input_size"]), torch.arange(8)
+    seen = []
+    for scale in (torch.inf, 1.0):
+        optimizer.zero_grad(set_to_none=to_none)
+        torch.manual_seed(0)
+        (task.train()(images, target)["loss"] * scale).backward()  # as `GradScaler` finds it, which then calls no `step`
+        seen.append({name: value.clone() for name, value in task.gradients.items()})
+    assert not any(value.isfinite().all() for value in seen[0].values())
+    assert all(value.isfinite().all() for value in seen[1].values())
+    optimizer.step()
+    assert density(task.masks) == pytest.approx(0.2, abs=1e-3)
+
+
+def test_gradients_of_several_backward_passes_add_up(make_model):
+    net = zc.sparsify(make_model(), density=0.2, criterion="random")
+    task = GradualTask(ClassificationTask(net, verbose=False), GradualConfig(density=0.2, every=1, regrow=0.3))
+    task.start_epoch(0, 1, torch.optim.SGD(net.parameters(), 0.1), 10)
+    images, target = torch.randn(8, *net.pretrained_cfg["input_size"]), torch.arange(8)
+    seen = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        task.train()(images, target)["loss"].backward()
+        seen.append({name: value.clone() for name, value in task.gradients.items()})
+    once, twice = seen
+    assert all(torch.allclose(twice[name], 2 * once[name], rtol=1e-4, atol=1e-6) for name in once)

@@ -96,17 +96,22 @@ class GradualTask(MethodTask):
         super().__init__(task, nn.Module)
         self.config, self.seed = config, seed
         self.weights = layer_weights(self.net, config.exclude)
-        self.keeper = Keeper(self.net, {})
-        self.keeper.masks = masks_in_force(self.net, self.weights)
-        self.initial = density_of(self.keeper.masks)
+        # Layers that are left alone keep the zeros that they came with.
+        self.keeper = Keeper(self.net, {name: packing for name, packing in packed_of(self.net).items() if name not in self.weights})
+        self._others = self.keeper.masks
+        self._keep(masks_in_force(self.net, self.weights))
+        self.initial = density_of(self.masks)
         self.gradients: dict[str, Tensor] = {}
         self.steps = 0
         self._handles: list[Any] = []
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """What is left now."""
-        return self.keeper.masks
+        """What is left now of the weights that this removes."""
+        return {name: self.keeper.masks[name] for name in self.weights}
+
+    def _keep(self, masks: dict[str, Tensor]) -> None:
+        self.keeper.masks = {**self._others, **masks}
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         return self.task(input, target)
@@ -139,7 +144,7 @@ class GradualTask(MethodTask):
     ) -> None:
         super().load_task_state(state, strict, module, ema)
         if state:
-            self.keeper.masks = unpack_masks(state["masks"], "training state")
+            self._keep(unpack_masks(state["masks"], "training state"))
 
     def density(self, step: int) -> float:
         """Density after so many steps (Zhu & Gupta 2017, equation 1)."""
@@ -161,6 +166,9 @@ class GradualTask(MethodTask):
         def see(gradient: Tensor) -> None:
             if self.config.regrow and self.config.regrow_by == "gradient" and self._due(self.draws + 1):
                 earlier = self.gradients.get(name)
+                # That of a step which was not taken, its gradients being infinite in half precision, is no part of this one's.
+                if earlier is not None and (self.weights[name].grad is None or not bool(earlier.isfinite().all())):
+                    earlier = None
                 self.gradients[name] = gradient.detach().clone() if earlier is None else earlier + gradient
 
         return see
@@ -178,11 +186,12 @@ class GradualTask(MethodTask):
             # Those that stay are above all others; the rest is filled up by what promises most.
             grown = {name: torch.where(mask, torch.inf, score) for (name, mask), score in zip(masks.items(), self._promise(), strict=True)}
             masks = keep_best(grown, wanted, scope)
+        before = self.masks
         for name, mask in masks.items():
             weight = self.weights[name]
-            weight[mask & ~self.masks[name].to(mask.device)] = 0  # as RigL does
+            weight[mask & ~before[name].to(mask.device)] = 0  # as RigL does
             mask_(weight, mask)
-        self.keeper.masks = masks
+        self._keep(masks)
         self.gradients.clear()
 
     def _replaced(self) -> float:
