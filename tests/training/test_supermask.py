@@ -105,3 +105,19 @@ def test_bad_input(make_model):
         SupermaskConfig(density=1.5)
     with pytest.raises(CompressError, match="supermask"):
         SupermaskConfig().wrap(zc.sparsify(make_model(), density=0.5))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_layer_that_begins_with_zeros_is_drawn(make_model, make_loaders, signed):
+    model = make_model()
+    with torch.no_grad():
+        model.fc.weight.zero_()
+    magnitude = math.sqrt(2 / model.fc.in_features)
+    torch.manual_seed(1)
+    method = SupermaskConfig(signed=signed)
+    net = method.wrap(model)
+    drawn = net.fc.parametrizations.weight.original
+    assert drawn.std().item() == pytest.approx(magnitude, rel=0.1)
+    before = [parameter.detach().clone() for parameter in net.parameters() if parameter.requires_grad]
+    fit(net, *make_loaders(), CONFIG, method=method)
+    assert not any(torch.equal(a, b) for a, b in zip(before, [p for p in net.parameters() if p.requires_grad], strict=True))

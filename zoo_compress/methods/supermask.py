@@ -26,7 +26,8 @@ from ..training.task import MethodConfig, MethodTask
 class SupermaskConfig(MethodConfig):
     """Training of scores for the weights of convolutions and linear layers, all parameters as they are. Ends with a sparse network.
 
-    Batch normalisation is without scale and shift, as in the paper: blocks that begin switched off could not be found.
+    Batch normalisation is without scale and shift, as in the paper: blocks that begin switched off could not be found. For the same
+    reason weights of a layer that begin as zeros, as some classifiers' do, are drawn as He et al. 2015 say.
 
     Attributes:
         density: fraction of each layer's weights that the network computes with, those of the highest scores.
@@ -52,9 +53,12 @@ class SupermaskConfig(MethodConfig):
                 for key, parameter in model.get_submodule(path).named_parameters(recurse=False):
                     parameter.fill_(float(key == "weight"))
         for name, weight in weights.items():
-            if self.signed:
-                with torch.no_grad():
-                    weight.copy_(weight.sign() * math.sqrt(2 / weight[0].numel()))
+            magnitude = math.sqrt(2 / weight[0].numel())
+            with torch.no_grad():
+                if not weight.any():
+                    weight.normal_(0, magnitude)
+                if self.signed:
+                    weight.copy_(weight.sign() * magnitude)
             path, _, key = name.rpartition(".")
             parametrize.register_parametrization(model.get_submodule(path), key, parts[name], unsafe=True)
         return model
