@@ -304,3 +304,21 @@ class TestSparsify:
         net = timm.create_model("test_resnet__slim", widths=(0.5, 1.0))
         with pytest.raises(CompressError, match="sparse: expected a network of one width"):
             zc.sparsify(net, density=0.5)
+
+
+@pytest.mark.parametrize("criterion", ["snip", "obd", "synflow"])
+def test_scores_that_say_nothing_are_refused(data, criterion):
+    model = timm.create_model("test_resnet", num_classes=4)
+    with torch.no_grad():
+        model.fc.weight.zero_()
+    with pytest.raises(CompressError, match=f"criterion '{criterion}': expected weights that the model's output depends on, found none"):
+        zc.sparsify(model, density=0.5, criterion=criterion, rounds=1, data=data)
+
+
+@pytest.mark.parametrize("criterion", ["snip", "grasp", "obd", "synflow"])
+def test_where_gradients_are_off(data, criterion):
+    model = timm.create_model("test_resnet", num_classes=4, zero_init_last=False)
+    expected = zc.sparsify(model, density=0.5, criterion=criterion, rounds=2, data=data)
+    with torch.no_grad():
+        found = zc.sparsify(model, density=0.5, criterion=criterion, rounds=2, data=data)
+    assert all(torch.equal(mask, masks_of(found)[name]) for name, mask in masks_of(expected).items())

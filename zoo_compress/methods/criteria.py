@@ -187,7 +187,7 @@ def gather(
     # Some keep what they computed of their weights for the next image, and with it the graph of a backward pass that is over.
     subject.register_forward_pre_hook(lambda *_: clear_caches(subject))
     try:
-        with every_output(subject):
+        with every_output(subject), torch.enable_grad():  # wherever this is called
             found = statistic(subject, data)
     except CompressError as error:
         raise CompressError(f"criterion {criterion!r}: {error}") from error

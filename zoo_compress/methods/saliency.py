@@ -86,7 +86,7 @@ def saliency(model: nn.Module, weights: Mapping[str, nn.Parameter], criterion: s
         seed: For the random one.
 
     Raises:
-        CompressError: If the criterion is unknown, or needs data and there is none, or a score is not finite.
+        CompressError: If the criterion is unknown, or needs data and there is none, a score is not finite, or all are 0.
     """
     chosen = lookup(criterion)
     if criterion == "synflow":
@@ -106,6 +106,11 @@ def saliency(model: nn.Module, weights: Mapping[str, nn.Parameter], criterion: s
                     f"criterion {criterion!r}: scores of {name!r} are not finite: its weights are not, or products of them overflow"
                 )
             found[name] = score.expand(weight.shape)
+    if not any(bool(score.any()) for score in found.values()):
+        raise CompressError(
+            f"criterion {criterion!r}: expected weights that the model's output depends on, found none: every score is 0, as where its "
+            "classifier begins with zeros or all weights of a layer are removed; initialise it, or use magnitude"
+        )
     return found
 
 
@@ -127,7 +132,7 @@ def _flow(model: nn.Module) -> dict[str, Tensor]:
         for tensor in (*subject.parameters(), *subject.buffers()):
             if tensor.is_floating_point():
                 tensor.abs_()
-    with every_output(subject):
+    with every_output(subject), torch.enable_grad():  # wherever this is called
         output = subject(torch.ones(1, *default_input(model).shape[1:], dtype=torch.float64))
-    torch.as_tensor(sum(o.sum() for o in output) if isinstance(output, (list, tuple)) else output.sum()).backward()
+        torch.as_tensor(sum(o.sum() for o in output) if isinstance(output, (list, tuple)) else output.sum()).backward()
     return {name: p.grad for name, p in subject.named_parameters() if p.grad is not None}
