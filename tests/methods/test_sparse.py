@@ -322,3 +322,28 @@ def test_where_gradients_are_off(data, criterion):
     with torch.no_grad():
         found = zc.sparsify(model, density=0.5, criterion=criterion, rounds=2, data=data)
     assert all(torch.equal(mask, masks_of(found)[name]) for name, mask in masks_of(expected).items())
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Conv1d(8, 6, 2, 2, groups=2), nn.ConvTranspose1d(8, 6, 2, 2, groups=2), nn.ConvTranspose1d(8, 6, 2, 2)]
+)
+@pytest.mark.parametrize("pattern", ["channel", "kernel", "2:4"])
+def test_patterns_are_of_outputs_and_inputs_whatever_a_layer_calls_so(layer, pattern):
+    density = {} if pattern == "2:4" else {"density": 0.5}
+    thin = zc.sparsify(layer, pattern=pattern, **density)
+    with torch.no_grad():
+        thin.bias.zero_()
+        # What each position of the kernel makes of a single input: (inputs, outputs, positions).
+        if isinstance(layer, nn.ConvTranspose1d):
+            seen = thin(torch.eye(8).unsqueeze(-1)) != 0
+        else:
+            seen = torch.stack([thin(torch.eye(8)[:, :, None] * torch.eye(2)[i])[..., 0] for i in range(2)], -1) != 0
+    each = 8 // layer.groups
+    groups = seen.view(layer.groups, each, layer.groups, -1, 2)
+    read = torch.stack([groups[i, :, i] for i in range(layer.groups)])  # (groups, inputs, outputs, positions)
+    assert read.sum() == layer.weight.numel() / 2
+    if pattern == "2:4":
+        assert (read.unflatten(1, (-1, 4)).sum(2) == 2).all()
+    else:
+        over = (1, 3) if pattern == "channel" else (3,)
+        assert torch.equal(read.sum(over) > 0, read.float().mean(over) == 1)

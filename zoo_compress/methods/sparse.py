@@ -20,7 +20,7 @@ from ..surgery.masks import density as density_of
 from ..surgery.modules import copied
 from ..surgery.origin import stamp_packed
 from ..surgery.patterns import check_pattern, keep_n_of_m, keep_units
-from ..surgery.weights import classifiers, layer_weights
+from ..surgery.weights import classifiers, layer_weights, transposed, turned
 from ..training.config import Count
 from ..training.task import ChangeConfig
 from .criteria import Data
@@ -125,10 +125,12 @@ def choose_masks(model: nn.Module, wanted: Sparsity, data: Data | None = None, s
         batches = list(data) if data is not None else None
     except (TypeError, ValueError, RuntimeError) as error:
         raise CompressError(f"data: expected batches of (images, class indices): {error}") from error
+    # Patterns are about outputs and inputs, in this order.
+    groups = transposed(model) if wanted.pattern is not None else {}
     subject, rounds = model, wanted.num_rounds
     for number in range(1, rounds + 1):
         scores = saliency(subject, weights, wanted.criterion, batches, seed)
-        masks = _chosen(scores, wanted, masks, left, number / rounds)
+        masks = _turned(_chosen(_turned(scores, groups), wanted, _turned(masks, groups), left, number / rounds), groups)
         if number < rounds:
             subject = copied(model)
             apply_(subject, masks)
@@ -142,6 +144,10 @@ def _chosen(scores: dict[str, Tensor], wanted: Sparsity, masks: Masks, left: flo
         return keep_n_of_m(scores, *blocks, masks)
     assert wanted.density is not None
     return keep_units(scores, left * (wanted.density / left) ** part, wanted.scope, wanted.pattern, masks)
+
+
+def _turned(tensors: dict[str, Tensor], groups: dict[str, int]) -> dict[str, Tensor]:
+    return {name: turned(tensor, groups[name]) if name in groups else tensor for name, tensor in tensors.items()}
 
 
 def _fraction(value: object) -> bool:

@@ -49,6 +49,22 @@ def classifiers(model: nn.Module) -> list[str]:
     return _of_layers(model, "classifier")
 
 
+def transposed(model: nn.Module) -> dict[str, int]:
+    """Names of the weights of transposed convolutions → in how many groups: they are (inputs, outputs of a group, …)."""
+    layers = {f"{path}.weight" if path else "weight": module for path, module in model.named_modules()}
+    return {name: module.groups for name, module in layers.items() if isinstance(module, nn.modules.conv._ConvTransposeNd)}
+
+
+def turned(tensor: Tensor, groups: int) -> Tensor:
+    """What is of the shape of a transposed convolution's weight, as if it were that of one which is not, and the other way round.
+
+    Args:
+        tensor: (inputs, outputs of a group, …), or (outputs, inputs of a group, …).
+        groups: In how many groups the convolution is.
+    """
+    return tensor.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
 def ends(model: nn.Module) -> list[str]:
     """Names of the first and the last weights: those that read images and those that give logits.
 
