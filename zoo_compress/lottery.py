@@ -169,7 +169,7 @@ class _Lab:
         return self.output / "snapshot.safetensors"
 
     def train(self, model: nn.Module, label: str, config: TrainConfig | None = None, **kwargs: Any) -> tuple[float, ...]:
-        """Train a model in place; every training sees the images in the same order. Returns top-1 after each epoch."""
+        """Train a model in place; all that are rewound see the images in the same order. Returns top-1 after each epoch."""
         history = fit(
             model,
             train_loader(self.source, self.recipe.data, model, self.processes),

@@ -181,6 +181,20 @@ class TestAsTimmUsersExpect:
         net = timm.create_model("test_resnet__sparse", density=0.1, features_only=True)
         assert len(net(torch.randn(1, 3, 64, 64))) > 1
 
+    @pytest.mark.parametrize("name", ["test_convnext", "test_vit", "test_efficientnet", "test_resnet"])
+    def test_a_backbone_keeps_its_zeros(self, name, tmp_path):
+        zc.save(timm.create_model(f"{name}__sparse", density=0.3), tmp_path)
+        for net in (zc.load(tmp_path, features_only=True), timm.create_model(f"{name}__sparse", density=0.3, features_only=True)):
+            before = masks_of(net)
+            assert density(before) == pytest.approx(0.3, abs=0.05)
+            optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+            keeper = zc.keep_packed(net, optimizer)
+            assert keeper.masks.keys() == before.keys()
+            images = torch.randn(2, *net.pretrained_cfg["input_size"])
+            sum(features.square().mean() for features in net(images)).backward()
+            optimizer.step()
+            assert all(torch.equal(mask, before[weight]) for weight, mask in masks_of(net).items())
+
     def test_pretrained_needs_weights(self):
         with pytest.raises(CompressError, match="resnet18__sparse: expected one of density="):
             timm.create_model("resnet18__sparse")

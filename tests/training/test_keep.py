@@ -147,6 +147,17 @@ def test_nothing_to_keep(make_model):
         zc.keep_packed(net, torch.optim.SGD(net.parameters()))
 
 
+def test_a_wrapper_of_another_kind(make_model):
+    class Wrapper(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net, self.pretrained_cfg, self._model_args = net, net.pretrained_cfg, net._model_args
+
+    net = Wrapper(zc.sparsify(make_model(), density=0.2))
+    with pytest.raises(CompressError, match=r"such as 'conv1\.0\.weight', found Wrapper without; pass the model that it wraps"):
+        zc.keep_packed(net, torch.optim.SGD(net.parameters()))
+
+
 def test_clusters_are_kept_by_the_loop(make_model, make_loaders):
     net = zc.cluster(zc.sparsify(make_model(), density=0.5), bits=3, exclude=["fc.weight"])
     before = {name: net.get_parameter(name).detach().clone() for name in masks_of(net)}

@@ -20,7 +20,7 @@ from ..structure.variant import OPTIONS, Variant
 from ..surgery import blocks, factors
 from ..surgery.masks import mask_
 from ..surgery.modules import classifiers, listed
-from ..surgery.origin import origin
+from ..surgery.origin import origin, rename_packed
 from ..surgery.packing import unpack_state
 from ..surgery.restore import check, present, restore_
 from ..surgery.rows import Boundary
@@ -296,6 +296,7 @@ def restored(
         boundaries: Of its early exits, if they are known already.
     """
     entrypoint = model_entrypoint(variant.base)
+    packed: dict[str, nn.Parameter] = {}
 
     def between(built: Built) -> None:
         removed, two = blocks.present(built.model, variant.removed), factors.present(built.model, variant.factors)
@@ -317,8 +318,11 @@ def restored(
             weight = built.model.get_parameter(name)
             mask_(weight, torch.ones_like(weight, dtype=torch.bool))
         load(built)
+        packed.update((name, built.model.get_parameter(name)) for name in fitting.packed)
 
     model = build(entrypoint, replace(cfg, state_dict=None), between, **args)
+    if args.get("features_only"):
+        rename_packed(model, packed)
     model._model_args = {"variant": variant.to_dict()}  # type: ignore[assignment]
     return model
 

@@ -16,6 +16,7 @@ from ..structure.variant import OPTIONS, Variant
 
 # timm reads these off the live model whenever it saves one.
 _TRACKED = ("num_classes", "in_chans", "global_pool", "img_size")
+_OWN_NAMES = "packed_names"
 _SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")
 
 
@@ -142,7 +143,19 @@ def refuse_packed(model: nn.Module, what: str) -> None:
 def packed_of(model: nn.Module) -> dict[str, Packing]:
     """What a model says of zeros and shared values in its weights."""
     variant = variant_of(model)
-    return dict(variant.packed) if variant else {}
+    names = getattr(model, _OWN_NAMES, {})
+    return {names.get(name, name): packing for name, packing in variant.packed.items()} if variant else {}
+
+
+def rename_packed(model: nn.Module, packed: Mapping[str, nn.Parameter]) -> None:
+    """Make a feature extractor find the weights that its record speaks of: timm's give what they take over names of their own.
+
+    Args:
+        model: The extractor. It carries the record of the model it was made of.
+        packed: Name of a parameter in that model → the parameter itself.
+    """
+    own = {id(parameter): name for name, parameter in model.named_parameters()}
+    setattr(model, _OWN_NAMES, {name: own[id(parameter)] for name, parameter in packed.items() if id(parameter) in own})
 
 
 def _describes_base(name: str, value: object) -> bool:

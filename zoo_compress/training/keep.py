@@ -157,4 +157,9 @@ def keep_packed(model: nn.Module, optimizer: torch.optim.Optimizer) -> Keeper:
             f"keep_packed: expected a model that sparsify, cluster or quantize made of one of timm's, found {type(model).__name__} without "
             "a record of removed or shared weights"
         )
+    if not packed.keys() & {name for name, _ in model.named_parameters()}:
+        raise CompressError(
+            f"keep_packed: expected a model with the weights its record speaks of, such as {next(iter(packed))!r}, found "
+            f"{type(model).__name__} without; pass the model that it wraps"
+        )
     return Keeper(model, packed).attach(optimizer)
