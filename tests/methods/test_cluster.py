@@ -1,5 +1,8 @@
 """Shared weights: k-means as everybody computes it, few values in every layer, and what cannot be clustered."""
 
+import re
+from functools import partial
+
 import numpy as np
 import pytest
 import timm
@@ -7,6 +10,7 @@ import torch
 
 import zoo_compress as zc
 from zoo_compress.errors import CompressError
+from zoo_compress.methods.cluster import ClusterConfig
 from zoo_compress.surgery.kmeans import kmeans, nearest
 from zoo_compress.surgery.masks import density, masks_of
 from zoo_compress.surgery.weights import layer_weights
@@ -100,6 +104,30 @@ class TestCluster:
     def test_bits_out_of_range(self, model, bits):
         with pytest.raises(CompressError, match="bits: expected 1 to 8"):
             zc.cluster(model, bits=bits)
+
+    @pytest.mark.parametrize(
+        ("bits", "said"),
+        [
+            ({}, "bits: expected at least one pattern of parameter names, found none"),
+            ({5: 4}, "bits: expected patterns of parameter names such as 'fc.*', found 5"),
+        ],
+    )
+    def test_bits_for_nothing(self, model, bits, said):
+        with pytest.raises(CompressError, match=f"^{re.escape(said)}$"):
+            zc.cluster(model, bits=bits)
+        with pytest.raises(CompressError, match=r"^ClusterConfig: bits"):
+            ClusterConfig(bits=bits)
+
+    @pytest.mark.parametrize("exclude", [5, None, [5]])
+    def test_patterns_that_are_none(self, model, exclude):
+        with pytest.raises(CompressError, match=r"^exclude: expected patterns of parameter names such as 'fc\.\*', found"):
+            zc.cluster(model, exclude=exclude)
+
+    def test_one_pattern_as_it_is(self, model):
+        assert all(
+            "fc.weight" not in change(model, exclude="fc.*")._model_args["variant"]["packed"]
+            for change in (zc.cluster, zc.quantize, partial(zc.sparsify, density=0.5))
+        )
 
     def test_other_bad_input(self, model):
         with pytest.raises(CompressError, match="'nothing' matches none"):

@@ -42,8 +42,31 @@ def test_ternary_values_are_about_the_nearest():
         assert (weight - other).square().sum() > error
 
 
+@pytest.mark.parametrize("values", [binary_values, ternary_values])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_large_layers_in_half_precision(values, dtype):
+    """Of so many weights neither the sum nor the number fits into float16."""
+    weight = torch.randn(1500, 1500)
+    found, expected = values(weight.to(dtype)), values(weight)
+    assert found.dtype == dtype
+    assert found.max().item() == pytest.approx(expected.max().item(), rel=0.01)
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 class TestTraining:
+    def test_layers_that_share_a_weight_share_its_values(self, kind, make_model):
+        tied = make_model()
+        tied.layer1[0].conv2.weight = tied.layer1[0].conv1.weight
+        net = CONFIGS[kind].wrap(tied)
+        first, second = net.layer1[0].conv1, net.layer1[0].conv2
+        assert torch.equal(first.weight, second.weight)
+        assert len(second.weight.unique()) == VALUES[kind]
+        images = torch.randn(2, *net.pretrained_cfg["input_size"])
+        expected = net.eval()(images)
+        plain = CONFIGS[kind].finish(net, ())
+        assert plain.layer1[0].conv1.weight is plain.layer1[0].conv2.weight
+        torch.testing.assert_close(plain(images), expected)
+
     def test_the_gradient_goes_straight_through(self, kind, make_model):
         net = CONFIGS[kind].wrap(make_model())
         layer = net.layer1[0].conv1
@@ -122,5 +145,18 @@ def test_which_layers(model):
         zc.quantize(model, exclude=["nothing"])
     with pytest.raises(CompressError, match="kind: expected binary or ternary, found 'int8'"):
         zc.quantize(model, "int8")
+    with pytest.raises(CompressError, match=r"^kind: expected binary or ternary, found \['binary'\]"):
+        zc.quantize(model, ["binary"])
     with pytest.raises(CompressError, match="binary: expected a model without removed or shared weights"):
         zc.quantize(zc.sparsify(model, density=0.5))
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite(kind, value, make_model):
+    """Of such a layer nothing but infinities, or zeros, would be left."""
+    net = make_model()
+    with torch.no_grad():
+        net.layer1[0].conv1.weight[0, 0, 0, 0] = value
+    with pytest.raises(CompressError, match=rf"^{kind}: 'layer1\.0\.conv1\.weight': expected finite weights"):
+        zc.quantize(net, kind)

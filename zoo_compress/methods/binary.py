@@ -19,7 +19,7 @@ from ..errors import CompressError
 from ..structure.packed import Packing
 from ..surgery.modules import copied
 from ..surgery.origin import refuse_packed, stamp_packed
-from ..surgery.weights import ends, layer_weights, plain_weights_, through
+from ..surgery.weights import check_finite, ends, layer_weights, plain_weights_, through
 from ..training.task import MethodConfig, MethodTask
 
 THRESHOLD = 0.7
@@ -35,7 +35,9 @@ def binary_values(weight: Tensor) -> Tensor:
 def ternary_values(weight: Tensor) -> Tensor:
     """-a, 0 or a for each weight: 0 below 0.7 mean magnitudes, with a the mean magnitude of the others (Li & Liu 2016, section 2.3)."""
     large = weight.abs() > THRESHOLD * weight.abs().mean()
-    scale = (weight.abs() * large).sum() / large.sum().clamp(min=1)
+    # The sum and the count of a large layer are beyond what half precision holds.
+    total = (weight.abs() * large).sum(dtype=torch.promote_types(weight.dtype, torch.float32))
+    scale = (total / large.sum().clamp(min=1)).to(weight.dtype)
     return torch.where(large, torch.where(weight < 0, -scale, scale), torch.zeros_like(weight))
 
 
@@ -57,7 +59,7 @@ def quantize(model: nn.Module, kind: str = "binary", *, exclude: Iterable[str] |
         A new model, `<architecture>__binary` or `__ternary`.
 
     Raises:
-        CompressError: If there is no such kind, a pattern matches nothing, or the model is sparse or clustered.
+        CompressError: If there is no such kind, a pattern matches nothing, a weight is not finite, or the model is sparse or clustered.
     """
     return _settle(_wrap(copied(model), kind, exclude), kind)
 
@@ -75,12 +77,17 @@ class _Values(nn.Module):
 
 def _wrap(model: nn.Module, kind: str, exclude: Iterable[str] | None) -> nn.Module:
     """Let a model compute with few values of its weights, in place."""
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise CompressError(f"kind: expected {' or '.join(KINDS)}, found {kind!r}")
     refuse_packed(model, kind)
-    for name in layer_weights(model, ends(model) if exclude is None else exclude):
-        path, _, key = name.rpartition(".")
-        parametrize.register_parametrization(model.get_submodule(path), key, _Values(kind), unsafe=True)
+    weights = layer_weights(model, ends(model) if exclude is None else exclude)
+    for name, weight in weights.items():
+        check_finite(weight, name, kind)
+    chosen = {id(weight) for weight in weights.values()}
+    for module in list(model.modules()):
+        # Layers that share a weight all compute with its few values.
+        if id(module._parameters.get("weight")) in chosen:
+            parametrize.register_parametrization(module, "weight", _Values(kind), unsafe=True)
     return model
 
 

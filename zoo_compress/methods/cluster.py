@@ -20,7 +20,7 @@ from ..surgery.masks import mask_
 from ..surgery.modules import copied
 from ..surgery.origin import packed_of, stamp_packed
 from ..surgery.packing import as_integers
-from ..surgery.weights import layer_weights
+from ..surgery.weights import check_finite, layer_weights
 from ..training.task import ChangeConfig
 
 
@@ -61,8 +61,7 @@ def _share(weight: Tensor, name: str, bits: int, *, masked: bool) -> None:
     """Give the weights of one layer that are not removed the values of their clusters, in place."""
     kept = as_integers(weight) != 0 if masked else torch.ones_like(weight, dtype=torch.bool)
     values = weight[kept].double().cpu().numpy()
-    if not torch.isfinite(weight).all():
-        raise CompressError(f"cluster: {name!r}: expected finite weights, found others")
+    check_finite(weight, name, "cluster")
     found = len(weight[kept].unique())
     if masked and found < 2**bits:
         return  # sparsifying left so few that each has a value of its own
@@ -91,9 +90,13 @@ def _bits(weights: Mapping[str, nn.Parameter], bits: object) -> dict[str, int]:
 
 def _by_pattern(bits: object) -> dict[str, Any]:
     patterns = dict(bits) if isinstance(bits, Mapping) else {"*": bits}
-    for value in patterns.values():
+    for pattern, value in patterns.items():
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_BITS:
             raise CompressError(f"bits: expected 1 to {MAX_BITS}, or a pattern of parameter names for each, found {value!r}")
+        if not isinstance(pattern, str):
+            raise CompressError(f"bits: expected patterns of parameter names such as 'fc.*', found {pattern!r}")
+    if not patterns:
+        raise CompressError("bits: expected at least one pattern of parameter names, found none")
     return patterns
 
 

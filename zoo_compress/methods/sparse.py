@@ -98,7 +98,8 @@ def sparsify(
     Raises:
         CompressError: If an argument is out of range, no weight matches, or the model has fewer weights left than are to be kept.
     """
-    wanted = Sparsity(density, pattern, scope, criterion, rounds, tuple(exclude))
+    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    wanted = Sparsity(density, pattern, scope, criterion, rounds, exclude)
     subject = copied(model)
     masks = choose_masks(subject, wanted, data, seed)
     if empty := [name for name, mask in masks.items() if not mask.any()]:

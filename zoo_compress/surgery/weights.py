@@ -18,10 +18,10 @@ def layer_weights(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, nn
 
     Args:
         model: The model.
-        exclude: Patterns of parameter names to leave out, such as `layer4.*`.
+        exclude: Patterns of parameter names to leave out, such as `layer4.*`; one alone may be given as it is.
 
     Raises:
-        CompressError: If a pattern matches none of them, or nothing is left.
+        CompressError: If a pattern is none, or matches none of them, or nothing is left.
     """
     if not isinstance(model, nn.Module):
         raise CompressError(f"expected a model, found {type(model).__name__}")
@@ -34,7 +34,11 @@ def layer_weights(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, nn
                 seen.add(id(weight))
                 found[f"{path}.weight" if path else "weight"] = weight  # type: ignore[assignment]
     left = dict(found)
-    for pattern in exclude:
+    if not isinstance(exclude, Iterable):
+        raise CompressError(f"exclude: expected patterns of parameter names such as 'fc.*', found {exclude!r}")
+    for pattern in (exclude,) if isinstance(exclude, str) else exclude:
+        if not isinstance(pattern, str):
+            raise CompressError(f"exclude: expected patterns of parameter names such as 'fc.*', found {pattern!r}")
         matched = [name for name in found if fnmatchcase(name, pattern)]
         if not matched:
             raise CompressError(f"exclude: {pattern!r} matches none of the weights such as {next(iter(found), 'there are none')!r}")
@@ -42,6 +46,16 @@ def layer_weights(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, nn
     if not left:
         raise CompressError(f"{type(model).__name__}: expected weights of convolutions or linear layers, found none")
     return left
+
+
+def check_finite(weight: Tensor, name: str, what: str) -> None:
+    """Refuse a weight of which a method would make nothing but more infinities, or zeros.
+
+    Raises:
+        CompressError: If an element is infinite or no number.
+    """
+    if not bool(torch.isfinite(weight).all()):
+        raise CompressError(f"{what}: {name!r}: expected finite weights, found others")
 
 
 def classifiers(model: nn.Module) -> list[str]:
