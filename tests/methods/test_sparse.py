@@ -1,6 +1,7 @@
 """Sparse networks: as many weights as asked for, chosen as the papers say, in a model that says what it is."""
 
 import copy
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -301,9 +302,10 @@ class TestSparsify:
         for change in (zc.slim, zc.netaug):
             with pytest.raises(CompressError, match="expected a model without removed or shared weights"):
                 change(small)
-        net = timm.create_model("test_resnet__slim", widths=(0.5, 1.0))
-        with pytest.raises(CompressError, match="sparse: expected a network of one width"):
-            zc.sparsify(net, density=0.5)
+        for bank in (timm.create_model("test_resnet__slim", widths=(0.5, 1.0)), timm.create_model("test_resnet__netaug", r=2, s=2)):
+            for change in (partial(zc.sparsify, density=0.5), zc.cluster, zc.quantize):
+                with pytest.raises(CompressError, match=f"expected a network of one width, found {type(bank).__name__} of several"):
+                    change(bank)
 
 
 @pytest.mark.parametrize("criterion", ["snip", "obd", "synflow"])

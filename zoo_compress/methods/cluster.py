@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
@@ -62,7 +63,9 @@ def _share(weight: Tensor, name: str, bits: int, *, masked: bool) -> None:
     kept = as_integers(weight) != 0 if masked else torch.ones_like(weight, dtype=torch.bool)
     values = weight[kept].double().cpu().numpy()
     check_finite(weight, name, "cluster")
-    found = len(weight[kept].unique())
+    found = len(np.unique(values[:4096]))
+    if found < 2**bits:  # only then is it worth the time to look at all of them
+        found = len(np.unique(values))
     if masked and found < 2**bits:
         return  # sparsifying left so few that each has a value of its own
     if found < 2**bits:

@@ -100,16 +100,11 @@ def stamp_packed(model: nn.Module, method: str, packed: Mapping[str, Packing]) -
         model: The model, whose weights are so.
         method: What made them, such as `sparse`.
         packed: Parameter → what holds for it now. What it had before stays, where this says nothing of it.
-
-    Raises:
-        CompressError: If the model is a bank of several widths, whose weights are trained as a whole.
     """
     source = origin(model)
     if source is None:
         return
     before = source.previous
-    if before is not None and before.bank is not None:
-        raise CompressError(f"{method}: expected a network of one width, found a slimmable one; use what its export() gives")
     if before is None:
         before = Variant(method=method, base=source.base, base_args=source.args, sizes={}, params={})
     merged = dict(before.packed)

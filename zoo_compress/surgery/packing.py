@@ -73,11 +73,14 @@ def pack(tensor: Tensor, packing: Packing) -> dict[str, Tensor] | None:
     whole = as_integers(tensor).flatten().numpy()
     kept = whole != 0
     shape = {"shape": torch.tensor(tensor.shape, dtype=torch.int64)}
-    mask = _smaller("mask", pack_bits(kept), pack_bits(kept))
-    ways = [{**mask, "values": tensor.flatten()[torch.from_numpy(kept)]}]
+    ways: list[dict[str, Tensor]] = []
     if packing.bits is not None:
         ways += [_coded(whole, tensor.dtype, _most(packing.bits, masked=False))]
-        ways += [{**mask, **_coded(whole[kept], tensor.dtype, _most(packing.bits, masked=True))}]
+    if not kept.all():
+        mask = _smaller("mask", pack_bits(kept), pack_bits(kept))
+        ways += [{**mask, "values": tensor.flatten()[torch.from_numpy(kept)]}]
+        if packing.bits is not None:
+            ways += [{**mask, **_coded(whole[kept], tensor.dtype, _most(packing.bits, masked=True))}]
     ways = [{**shape, **way} for way in ways if "values" in way or "codebook" in way]
     best = min(ways, key=_bytes, default=None)
     return best if best is not None and _bytes(best) < tensor.nbytes + NAME_BYTES else None
@@ -230,8 +233,8 @@ def _few(whole: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray] | None:
     """The distinct values of elements, ascending as integers, and which of them each has; None if there are more than `most`."""
     if len(np.unique(whole[:4096])) > most:  # sorting them all takes long
         return None
-    values, indices = np.unique(whole, return_inverse=True)
-    return (values, indices) if len(values) <= most else None
+    values = np.unique(whole)
+    return (values, np.searchsorted(values, whole)) if len(values) <= most else None
 
 
 def _coded(whole: np.ndarray, dtype: torch.dtype, most: int) -> dict[str, Tensor]:

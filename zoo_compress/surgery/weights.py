@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..errors import CompressError
+from .elastic import Elastic
 
 
 def layer_weights(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, nn.Parameter]:
@@ -21,10 +22,13 @@ def layer_weights(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, nn
         exclude: Patterns of parameter names to leave out, such as `layer4.*`; one alone may be given as it is.
 
     Raises:
-        CompressError: If a pattern is none, or matches none of them, or nothing is left.
+        CompressError: If a pattern is none, or matches none of them, or nothing is left; or if the model is a bank of several widths, whose
+            weights are trained as a whole.
     """
     if not isinstance(model, nn.Module):
         raise CompressError(f"expected a model, found {type(model).__name__}")
+    if isinstance(model, Elastic):
+        raise CompressError(f"expected a network of one width, found {type(model).__name__} of several; use what its export() gives")
     found: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
     for path, module in model.named_modules():
