@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -388,6 +389,42 @@ def test_a_teacher_by_name(tmp_path, whole):
     assert record.status == "finished"
     with pytest.raises(RecipeError, match="timm cannot create 'nobody'"):
         run(write(tmp_path, "other", text=text.replace(teacher, "nobody")), log=lambda line: None)
+
+
+@pytest.mark.parametrize(
+    ("stage", "said"),
+    [
+        ("finetune: {{epochs: 1, lr: 3e-3, distill: {{teacher: nobody}}}}", "distill.teacher: timm cannot create 'nobody' with weights"),
+        (
+            "finetune: {{epochs: 1, lr: 3e-3, distill: {{match: token, teacher: local-dir:{output}/model}}}}",
+            "match: token: expected a model with a distillation token, found ResNet",
+        ),
+        ("cluster: {{bits: {{'nothing.*': 4}}}}", "bits: 'nothing.*' matches none of the weights"),
+        ("cluster: {{bits: 8}}", "expected at least the 256 values of 8 bits, found 144; exclude it"),
+        ("sparsify: {{density: 0.5, exclude: [nothing]}}", "exclude: 'nothing' matches none of the weights"),
+    ],
+)
+def test_what_a_later_stage_cannot_do_is_said_before_training(tmp_path, stage, said):
+    text = START + f"  - train: {{{{epochs: 1, lr: 3e-3}}}}\n  - {stage}\n"
+    with pytest.raises(CompressError, match=re.escape(said)):
+        run(write(tmp_path, text=text), log=lambda line: None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_that_cannot_see_the_students_images(tmp_path):
+    cfg = {"input_size": (1, 16, 16), "mean": (0.5,), "std": (0.5,)}
+    args = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_classes": 10, "in_chans": 1}
+    zc.save(timm.create_model("deit_tiny_patch16_224", **args, pretrained_cfg_overlay=cfg), tmp_path / "teacher")
+    stage = "finetune: {{epochs: 1, lr: 3e-3, distill: {{teacher: 'local-dir:%s'}}}}" % (tmp_path / "teacher")
+    with pytest.raises(CompressError, match=r"the student's images of \(1, 8, 8\) in float32, found VisionTransformer: AssertionError"):
+        run(write(tmp_path, text=START + f"  - train: {{{{epochs: 1, lr: 3e-3}}}}\n  - {stage}\n"), log=lambda line: None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_that_the_run_itself_saves(tmp_path):
+    learn = "finetune: {{epochs: 1, lr: 3e-3, distill: {{teacher: 'local-dir:{output}/big'}}}}"
+    stages = f"  - train: {{{{epochs: 1, lr: 3e-3}}}}\n  - save: {{{{to: big}}}}\n  - {learn}\n"
+    assert run(write(tmp_path, text=START + stages + "measure: {{runs: 1}}\n"), log=lambda line: None).status == "finished"
 
 
 def test_what_a_method_makes_of_the_network_is_what_is_reported(tmp_path):

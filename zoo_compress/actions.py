@@ -22,6 +22,7 @@ from .record import STEPS_FOLDER, Record, Row, StepRecord
 from .training.checkpoint import whole_folder
 from .training.config import FinetuneConfig, TrainConfig
 from .training.data import calibration_batches, check_fits, eval_loader, held_out_batches, train_loader
+from .training.distill import check_teachers, try_teachers
 from .training.distributed import Processes
 from .training.loop import Epoch, Phase, evaluate, fit, reseed
 from .training.sources import Source, default_pretrained_cfg, open_source
@@ -97,6 +98,35 @@ def open_images(recipe: Recipe, model: nn.Module, processes: Processes) -> Sourc
     check_fits(source, model)
     train_loader(source, recipe.data, model, processes)
     return source
+
+
+def check_ahead(run: Run, model: nn.Module) -> None:
+    """Refuse, before anything is trained, what the steps to come could not do after it.
+
+    Args:
+        run: The run.
+        model: What the next step starts from.
+
+    Raises:
+        CompressError: A teacher does not fit, or a stage cannot work on this model.
+    """
+    steps = run.plan[len(run.record.steps) :]
+    for distill in dict.fromkeys(step.action.distill for step in steps if isinstance(step.action, FinetuneConfig)):
+        if distill is not None:
+            # Those that this run itself makes are not there yet.
+            teachers = [_teacher(name) for name in distill.teachers if not _within(run.output, name)]
+            check_teachers(model, distill, teachers or [model])
+            try_teachers(model, teachers)
+    for step in steps:
+        if isinstance(step.action, ChangeConfig):
+            step.action.check(model)
+        if isinstance(step.action, ChangeConfig) or methods_of(step.action):
+            break  # parameters may have other names after it
+
+
+def _within(folder: Path, name: str) -> bool:
+    source, _, path = name.partition(":")
+    return source == "local-dir" and Path(path).expanduser().resolve().is_relative_to(folder.resolve())
 
 
 def _create_step(run: Run, step: Step) -> Result:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import zoo_compress as zc
 
-from .actions import STATE_NAME, STEPS_FOLDER, Run, act, create, open_images, save_whole
+from .actions import STATE_NAME, STEPS_FOLDER, Run, act, check_ahead, create, open_images, save_whole
 from .errors import RecipeError
 from .plan import Step, make_plan, milestones
 from .recipe import Recipe, load_recipe
@@ -79,6 +79,7 @@ def run(
         else:
             log(f"{path}: going on after {record.steps[-1].name}")
         state = Run(recipe, make_plan(recipe), output, processes, source, record, log)
+        check_ahead(state, model)
         # All processes have read the old state here, and none has written.
         processes.barrier()
         with locked(output, processes):

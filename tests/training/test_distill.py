@@ -183,6 +183,37 @@ def test_a_teacher_of_other_classes_is_refused(make_model):
         create_task(make_model(), config, [teacher], CPU)
 
 
+def test_a_teacher_of_other_channels_in_its_cfg_is_refused(make_model):
+    """timm leaves three means to a model of one channel: what it would see has three."""
+    teacher = timm.create_model("test_resnet", num_classes=10, in_chans=1)
+    config = FinetuneConfig(epochs=1, lr=1e-3, distill=DistillConfig())
+    with pytest.raises(CompressError, match=r"whose pretrained_cfg\.mean has as many channels as the student's, 1, found 3"):
+        create_task(make_model(), config, [teacher], CPU)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("how", ["size", "precision"])
+def test_a_teacher_that_cannot_look_at_the_images(make_model, how, count):
+    args = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_classes": 10, "in_chans": 1}
+    cfg = {**make_model().pretrained_cfg, "architecture": "deit_tiny_patch16_224"}
+    teacher = {
+        "size": lambda: timm.create_model("deit_tiny_patch16_224", **args, pretrained_cfg_overlay=cfg),
+        "precision": lambda: make_model().double(),
+    }[how]()
+    task = create_task(make_model(), FinetuneConfig(epochs=1, lr=1e-3, distill=DistillConfig()), [teacher] * count, CPU)
+    expected = r"^distill: expected a teacher that takes the student's images of \(1, 16, 16\) in float32, found (Vision|ResNet)"
+    with pytest.raises(CompressError, match=expected):
+        task(torch.randn(2, 1, 16, 16), torch.arange(2))
+
+
+def test_a_student_that_is_not_timms(make_model):
+    student = torch.nn.Sequential(make_model())
+    student.num_classes, student.in_chans = 10, 1
+    config = FinetuneConfig(epochs=1, lr=1e-3, distill=DistillConfig())
+    with pytest.raises(CompressError, match=r"expected a student of timm's, .* found Sequential"):
+        create_task(student, config, [make_model()], CPU)
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from timm.data import resolve_input_data_config
 from timm.task import (
     ClassificationTask,
     DistillationTeacher,
@@ -19,6 +20,20 @@ from torch.nn import functional as F
 
 from ..errors import CompressError
 from .config import DistillConfig, FinetuneConfig, TrainConfig
+
+
+class _Teacher(DistillationTeacher):
+    """A teacher that says what images it cannot look at: those of another size than its own, or of another precision."""
+
+    def forward(self, input: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        try:
+            return super().forward(input, return_features)
+        except Exception as error:  # models assert, index and reshape
+            reason = next(iter(str(error).splitlines()), "")
+            raise CompressError(
+                f"distill: expected a teacher that takes the student's images of {tuple(input.shape[1:])} in "
+                f"{str(input.dtype).removeprefix('torch.')}, found {type(self.model).__name__}: {type(error).__name__}: {reason}"
+            ) from error
 
 
 class Ensemble(nn.Module):
@@ -37,7 +52,7 @@ class Ensemble(nn.Module):
 
     def __init__(self, teachers: Sequence[nn.Module], student: nn.Module, temperature: float, device: torch.device) -> None:
         super().__init__()
-        self.teachers = nn.ModuleList(DistillationTeacher(teacher, device=device) for teacher in teachers)
+        self.teachers = nn.ModuleList(_Teacher(teacher, device=device) for teacher in teachers)
         cfg: Any = student.pretrained_cfg
         self.pretrained_cfg = cfg
         self.temperature = temperature
@@ -70,9 +85,9 @@ def create_task(model: nn.Module, config: TrainConfig, teachers: Sequence[nn.Mod
     distill = config.distill if isinstance(config, FinetuneConfig) else None
     if distill is None:
         return ClassificationTask(model, **shared)
-    _check(model, distill, teachers)
+    check_teachers(model, distill, teachers)
     teachers = [teacher.to(device) for teacher in teachers]
-    teacher = teachers[0] if len(teachers) == 1 else Ensemble(teachers, model, distill.temperature, device)
+    teacher = _Teacher(teachers[0], device=device) if len(teachers) == 1 else Ensemble(teachers, model, distill.temperature, device)
     shared["task_loss_weight"] = distill.task_loss_weight
     if distill.match == "features":
         return FeatureDistillationTask(model, teacher, **shared)
@@ -80,15 +95,36 @@ def create_task(model: nn.Module, config: TrainConfig, teachers: Sequence[nn.Mod
     return task(model, teacher, temperature=distill.temperature, **shared)
 
 
-def _check(model: nn.Module, distill: DistillConfig, teachers: Sequence[nn.Module]) -> None:
+def check_teachers(model: nn.Module, distill: DistillConfig, teachers: Sequence[nn.Module]) -> None:
+    """Refuse a student and teachers that don't go together, as far as they say so themselves.
+
+    Args:
+        model: The student.
+        distill: What is to be learnt.
+        teachers: The models to learn from.
+
+    Raises:
+        CompressError: That.
+    """
     if not teachers:
         raise CompressError("distill: expected a teacher, found none")
     student: Any = model
+    normalisation = getattr(model, "pretrained_cfg", None)
+    if not isinstance(normalisation, Mapping):
+        raise CompressError(
+            f"distill: expected a student of timm's, whose pretrained_cfg says what images have, found {type(model).__name__}"
+        )
     for teacher in teachers:
         for name in ("num_classes", "in_chans"):
             found, expected = (getattr(each, name, None) for each in (teacher, student))
             if found != expected:
                 raise CompressError(f"distill: expected a teacher with {name} {expected} like the student, found {found}")
+        for name, values in (getattr(teacher, "pretrained_cfg", None) or {}).items():
+            if name in ("mean", "std") and len(values) != len(normalisation[name]):
+                raise CompressError(
+                    f"distill: expected a teacher whose pretrained_cfg.{name} has as many channels as the student's, "
+                    f"{len(normalisation[name])}, found {len(values)}"
+                )
     if distill.match == "token" and not hasattr(model, "set_distilled_training"):
         raise CompressError(f"distill: match: token: expected a model with a distillation token, found {type(model).__name__}")
     if distill.match == "features":
@@ -97,3 +133,14 @@ def _check(model: nn.Module, distill: DistillConfig, teachers: Sequence[nn.Modul
         for each in (model, *teachers):
             if not (hasattr(each, "forward_features") and hasattr(each, "forward_head")):
                 raise CompressError(f"distill: match: features: {type(each).__name__} has no forward_features and forward_head")
+
+
+@torch.no_grad()
+def try_teachers(model: nn.Module, teachers: Sequence[nn.Module]) -> None:
+    """Let teachers look at an image of the size that a student's data has.
+
+    Raises:
+        CompressError: One cannot.
+    """
+    for teacher in teachers:
+        _Teacher(teacher)(torch.zeros(1, *resolve_input_data_config(model)["input_size"]))
