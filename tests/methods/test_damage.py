@@ -155,6 +155,22 @@ def test_reconstruction_brings_predictions_closer(name, criterion):
     assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("global_pool", ["avg", ""])
+def test_outputs_that_a_backbone_no_longer_gives_count_as_lost(global_pool):
+    model = timm.create_model("test_resnet", num_classes=0, global_pool=global_pool).eval()
+    images = [torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))]
+    layout = zc.analyze(model)
+    axis = layout.outputs[0][1]
+    kept = np.arange(0, layout.axes[axis].size, 2)
+    small = zc.resize(model, layout, {axis: kept})
+    (whole,), (given,), (filled,) = outputs(model, images), outputs(small, images), outputs(small, images, layout, {axis: kept})
+    assert filled.shape == whole.shape
+    assert torch.equal(filled[:, kept], given)
+    assert not filled[:, 1::2].any()
+    pruned = zc.prune(model, macs=0.7, criterion="thinet", reconstruct=images)
+    assert zc.analyze(pruned).macs() == pytest.approx(0.7 * layout.macs(), rel=0.03)
+
+
 def test_the_same_twice():
     model = timm.create_model("test_resnet", num_classes=10).eval()
     images = [torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))]

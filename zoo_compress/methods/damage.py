@@ -82,7 +82,7 @@ def damage_scores(
         widths = {name: np.sort(removals[name].order[layout.axes[name].size - size :]) for name, size in sizes.items()}
         small = resize(model, layout, widths)
         reconstruct_(small, model, layout, widths, moments, halves=(0,))
-        return divergence(outputs(small, held_out), expected, logits=logits)
+        return divergence(outputs(small, held_out, layout, widths), expected, logits=logits)
 
     found: dict[str, np.ndarray] = {}
     for group in tqdm(groups, desc="damage", unit="group", leave=False):

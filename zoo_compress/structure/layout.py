@@ -51,6 +51,7 @@ class Layout:
             count × size(term). (What a batch pays only once, a sample alone pays too.)
         fused_macs_terms: The same for the products inside fused attention.
         input_shape: Shape of that batch, (batch, channels, height, width).
+        outputs: One term per dimension of each tensor that the model gave for it.
         trained: Names in `params` that are parameters; the others are buffers.
         normalised: Axes whose elements influence each other (a mean, norm or softmax runs over them, or a product of activations sums
             over them), so that removing elements differs from zeroing them.
@@ -65,6 +66,7 @@ class Layout:
     macs_terms: tuple[tuple[str, int], ...] = ()
     fused_macs_terms: tuple[tuple[str, int], ...] = ()
     input_shape: tuple[int, ...] = (1,)
+    outputs: tuple[tuple[str, ...], ...] = ()
     trained: frozenset[str] = frozenset()
     normalised: frozenset[str] = frozenset()
     unknown: dict[str, int] = field(default_factory=dict)
@@ -108,6 +110,7 @@ class Layout:
             links=tuple((a, b) for a, b in links if not (a.isdigit() and b.isdigit())),
             macs_terms=tuple((written(term), count) for term, count in self.macs_terms),
             fused_macs_terms=tuple((written(term), count) for term, count in self.fused_macs_terms),
+            outputs=tuple(tuple(map(written, dims)) for dims in self.outputs),
             normalised=self.normalised & set(self.free),
         )
 

@@ -2,21 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
+from ..structure import terms
+from ..structure.layout import Layout, Widths, parse
 from .images import fitting
+from .resize import picks
 
 
-def outputs(model: nn.Module, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """What a model says of each batch: its output tensors, each (batch, …), joined to one (batch, …) where there are several."""
+def outputs(
+    model: nn.Module, images: Sequence[torch.Tensor], layout: Layout | None = None, widths: Widths | None = None
+) -> list[torch.Tensor]:
+    """What a model says of each batch: its output tensors, each (batch, …), joined to one (batch, …) where there are several.
+
+    Args:
+        model: The model.
+        images: Batches (batch, channels, height, width).
+        layout: Of a whole model, of which this one is what `resize` made: what that gave and this does not is then 0 in the outputs.
+        widths: The choice.
+    """
+    pick = picks(layout, widths) if layout is not None and widths is not None else {}
+    found = []
     with torch.no_grad():
-        return [_joined(model(fitting(model, batch))) for batch in images]
+        for batch in images:
+            leaves = _tensors(model(fitting(model, batch)))
+            if layout is not None:
+                leaves = [_whole(leaf, dims, layout, pick) for leaf, dims in zip(leaves, layout.outputs, strict=True)]
+            found.append(_joined(leaves))
+    return found
+
+
+def _whole(leaf: torch.Tensor, dims: Sequence[str], layout: Layout, pick: Mapping[str, np.ndarray]) -> torch.Tensor:
+    for d, text in enumerate(dims):
+        term = parse(text)
+        if any(axis in pick for axis in terms.axes(term)):
+            index = torch.from_numpy(terms.index(term, layout.base_sizes, pick)).to(leaf.device)
+            shape = list(leaf.shape)
+            shape[d] = terms.size(term, layout.base_sizes)
+            leaf = leaf.new_zeros(shape).index_copy_(d, index, leaf)
+    return leaf
 
 
 def divergence(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], *, logits: bool) -> float:
@@ -53,6 +84,10 @@ def gives_logits(model: nn.Module, output: Any) -> bool:
     return isinstance(output, torch.Tensor) and output.ndim == 2 and output.shape[1] > 1 and getattr(model, "num_classes", 1) != 0
 
 
+def _tensors(output: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+
+
 def _joined(output: Any) -> torch.Tensor:
-    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+    leaves = _tensors(output)
     return leaves[0] if len(leaves) == 1 else torch.cat([leaf.flatten(1) for leaf in leaves], 1)

@@ -45,6 +45,7 @@ def finish(model: nn.Module, tracer: Tracer, dims: dict[str, list[Term]], attrib
         macs_terms=tuple(Counter(map(written, tracer.costs)).items()),
         fused_macs_terms=tuple(Counter(map(written, tracer.fused_costs)).items()),
         input_shape=input_shape,
+        outputs=tuple(tuple(map(written, terms)) for terms in tracer.outputs),
         trained=frozenset(name for name, _ in model.named_parameters()),
         normalised=frozenset(names[v] for term in tracer.mixed for v in u.variables(term) if v in names),
         unknown=dict(tracer.unknown),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -143,7 +144,8 @@ def run_traced(
         after = dict(named_tensors(clone))
         spy.finish(dims, image, output)
     headless = getattr(model, "num_classes", None) == 0
-    for term in (t for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) for t in tracer.dims(leaf)):
+    tracer.outputs = [tracer.dims(leaf) for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+    for term in itertools.chain.from_iterable(tracer.outputs):
         if headless:
             # A backbone gives features: there may be fewer, but their order shows.
             u.order(term)

@@ -44,6 +44,7 @@ class Tracer:
         self.shared_costs: list[Term] = []
         self.scales: dict[str, Term] = {}
         self.mixed: list[Term] = []
+        self.outputs: list[list[Term]] = []
         self.unknown: Counter[str] = Counter()
         self.modules: list[tuple[str, torch.nn.Module]] = []
         self.operation = ""
