@@ -300,6 +300,52 @@ def test_plan_without_pruning(tmp_path):
     assert [step.name for step in milestones(plan).values()] == ["01_train"]
 
 
+BLOCKS = "  - {}: {{epochs: 1, lr: 1e-3, method: {{blocks: {{}}}}}}\n"
+LEARN = "  - finetune: {epochs: 1, lr: 1e-3, distill: {}}\n"
+
+
+@pytest.mark.parametrize(
+    ("stages", "rows"),
+    [
+        # Trained before a method compresses: there is a model to compare with, and to learn from.
+        (
+            "  - train: {epochs: 1, lr: 1e-3}\n" + BLOCKS.format("train") + LEARN,
+            {"before training with blocks": "01_train", "after training with blocks": "02_train", "after fine-tuning": "03_finetune"},
+        ),
+        (
+            "  - train: {epochs: 1, lr: 1e-3}\n" + BLOCKS.format("finetune") + "  - prune: {macs: 0.5}\n" + LEARN,
+            {
+                "before fine-tuning with blocks": "01_train",
+                "after fine-tuning with blocks": "02_finetune",
+                "after pruning": "03_prune",
+                "after fine-tuning": "04_finetune",
+            },
+        ),
+        # Compressed by the first training: nothing was there before.
+        (
+            BLOCKS.format("train") + "  - finetune: {epochs: 1, lr: 1e-3}\n",
+            {"after training with blocks": "01_train", "after fine-tuning": "02_finetune"},
+        ),
+        (
+            BLOCKS.format("train") + "  - prune: {macs: 0.5}\n" + LEARN,
+            {"before pruning": "01_train", "after pruning": "02_prune", "after fine-tuning": "03_finetune"},
+        ),
+        (BLOCKS.format("train"), {"model": "01_train"}),
+    ],
+)
+def test_training_that_compresses_is_a_stage_that_does(tmp_path, stages, rows):
+    plan = make_plan(load(tmp_path, GOOD[: GOOD.index("  - train")] + stages))
+    found = milestones(plan)
+    assert {label: step.name for label, step in found.items()} == rows
+    dense = uncompressed(plan)
+    assert (dense and dense.name) == next((name for label, name in rows.items() if label.startswith("before")), None)
+
+
+def test_what_the_first_training_compresses_has_no_teacher(tmp_path):
+    with pytest.raises(RecipeError, match="or a teacher, found neither"):
+        load(tmp_path, GOOD[: GOOD.index("  - train")] + BLOCKS.format("train") + LEARN)
+
+
 @given(st.floats(0.05, 0.95), st.integers(2, 12), st.sampled_from(["macs", "params"]))
 def test_rounds_are_geometric_and_end_at_the_budget(limit, rounds, name):
     stage = PruneStage.model_validate({"kind": "prune", name: limit, "rounds": rounds, "finetune": {"epochs": 1, "lr": 0.1}})

@@ -119,11 +119,11 @@ def test_training_that_removes_blocks_counts_from_the_network_it_began_with(tmp_
     method = "  - train: {epochs: 5, lr: 3e-3, method: {blocks: {penalty: 0.1, least: 1.0}}}\n"
     table = {line.label: line for line in rethink([write(tmp_path, method, TUNE, SAVE)], (0,), log=silent)}
     whole = zc.analyze(timm.create_model("test_resnet", num_classes=10, in_chans=1, pretrained_cfg_overlay={"input_size": (1, 8, 8)}))
-    assert table["Scratch-E"].macs == table["Scratch-B"].macs == table["model"].macs < whole.macs()
+    assert table["Scratch-E"].macs == table["Scratch-B"].macs == table["after fine-tuning"].macs < whole.macs()
     output = tmp_path / "recipe_seed0"
     assert zc.load(output / "scratch_e/model").state_dict().keys() == zc.load(output / "model").state_dict().keys()
     stages = [load_recipe(output / f"scratch_{kind}.yaml").stages[1] for kind in "eb"]
-    assert [stage.epochs for stage in stages] == [5, round(5 * whole.macs() / table["model"].macs)]
+    assert [stage.epochs for stage in stages] == [5, round(5 * whole.macs() / table["after fine-tuning"].macs)]
     assert [stage.method for stage in stages] == [None, None]
 
 

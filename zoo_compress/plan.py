@@ -1,9 +1,10 @@
 """A recipe's stages as a flat list of steps, each of which starts from one saved model and ends with another or none."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from .recipe import EvaluateStage, FinetuneStage, PruneStage, Recipe, SaveStage, TrainStage
+from .recipe import EvaluateStage, FinetuneStage, PruneStage, Recipe, SaveStage, TrainStage, methods_of
 from .training.config import TrainConfig
 from .training.task import ChangeConfig
 
@@ -52,14 +53,25 @@ class Step:
     @property
     def compresses(self) -> bool:
         """Whether the step makes another model than training does."""
-        return isinstance(self.action, PruneRound | ChangeConfig)
+        return isinstance(self.action, PruneRound | ChangeConfig) or bool(self._compressing)
+
+    @property
+    def trains(self) -> bool:
+        """Whether the step trains."""
+        return isinstance(self.action, TrainConfig)
 
     @property
     def noun(self) -> str | None:
         """What the stage is called whose result this step's model is; None for steps within one."""
         if isinstance(self.action, PruneRound):
             return self.action.stage.noun if self.action.round == self.action.stage.num_rounds else None
-        return self.action.noun if isinstance(self.action, TrainStage | FinetuneStage | ChangeConfig) else None
+        if not isinstance(self.action, TrainStage | FinetuneStage | ChangeConfig):
+            return None
+        return f"{self.action.noun} with {' and '.join(self._compressing)}" if self._compressing else self.action.noun
+
+    @property
+    def _compressing(self) -> list[str]:
+        return [method.kind for method in methods_of(self.action) if method.compresses]
 
 
 def make_plan(recipe: Recipe) -> tuple[Step, ...]:
@@ -88,21 +100,28 @@ def make_plan(recipe: Recipe) -> tuple[Step, ...]:
 
 
 def uncompressed(plan: tuple[Step, ...]) -> Step | None:
-    """The step whose model the first stage that compresses starts from; it teaches in distillation. None without such a stage."""
-    first = next((step.index for step in plan if step.compresses), None)
+    """The step whose model the first stage that compresses starts from; it teaches in distillation. None without such a stage.
+
+    Training that compresses what nothing trained before has no such model: what it ends with is the first.
+    """
+    trained = next((step.index for step in plan if step.trains), len(plan))
+    first = next((step.index for step in plan if step.compresses and (not step.trains or step.index > trained)), None)
     return next((step for step in reversed(plan[:first]) if step.makes_model), None) if first is not None else None
 
 
 def milestones(plan: tuple[Step, ...]) -> dict[str, Step]:
     """The models of the final table: label to the step that makes it. One before the first stage that compresses, one after each stage."""
     dense = uncompressed(plan)
-    if dense is None:
-        return {"model": next(step for step in reversed(plan) if step.makes_model)}
-    later = [(step.noun, step) for step in plan[dense.index + 1 :] if step.noun is not None]
-    rows = {f"before {later[0][0]}": dense}
+    last = next(step for step in reversed(plan) if step.makes_model)
+    first = dense.index + 1 if dense else next((step.index for step in plan if step.compresses), last.index)
+    later = [(step.noun, step) for step in plan[first:] if step.noun is not None]
+    if dense is None and len(later) < 2:
+        return {"model": last}
+    rows = {f"before {later[0][0]}": dense} if dense else {}
+    seen: Counter[str] = Counter()
     for noun, step in later:
-        again = sum(label.startswith(f"after {noun}") for label in rows)
-        rows[f"after {noun}" + (f" ({again + 1})" if again else "")] = step
+        seen[noun] += 1
+        rows[f"after {noun}" + (f" ({seen[noun]})" if seen[noun] > 1 else "")] = step
     return rows
 
 

@@ -127,6 +127,10 @@ def methods_of(stage: Any) -> tuple[Trained, ...]:
     return () if found is None else found if isinstance(found, tuple) else (found,)
 
 
+def _compresses(stage: Any) -> bool:
+    return any(method.compresses for method in methods_of(stage))
+
+
 class TrainStage(TrainConfig):
     """Train the model on labels.
 
@@ -292,14 +296,15 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _ordered(self) -> "Recipe":
-        compressed = False
+        compressed = trained = False
         for index, stage in enumerate(self.stages):
             if isinstance(stage, FinetuneStage) and stage.distill and stage.distill.teacher is None and not compressed:
                 raise ValueError(
                     f"expected a stage that compresses before stages.{index}.finetune.distill, whose teacher is the model before it, "
                     "or a teacher, found neither"
                 )
-            compressed = compressed or isinstance(stage, PruneStage | ChangeConfig)
+            compressed = compressed or isinstance(stage, PruneStage | ChangeConfig) or (trained and _compresses(stage))
+            trained = trained or isinstance(stage, TrainConfig)
         for index, stage in enumerate(self.stages):
             if any(method.needs_held_out for method in methods_of(stage)) and not self.data.held_out:
                 raise ValueError(

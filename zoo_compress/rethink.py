@@ -61,7 +61,7 @@ def rethink(paths: Sequence[str | Path], seeds: Sequence[int], *, log: Callable[
 def training_of(path: str | Path, recipe: Recipe) -> tuple[TrainStage, ...]:
     """The stages that train the model before it is compressed, or while. Ways to train that prepare for it or do it are not theirs."""
     plan = make_plan(recipe)
-    first = next((step.index for step in plan if step.compresses or any(method.compresses for method in methods_of(step.action))), None)
+    first = next((step.index for step in plan if step.compresses), None)
     if first is None and not any(methods_of(step.action) for step in plan):
         raise RecipeError(
             f"{path}: expected a stage that compresses, or trains by a method, found none: there is nothing to compare with training from "
