@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import zoo_compress as zc
 from zoo_compress.errors import CompressError
 from zoo_compress.methods.saliency import SALIENCIES, TEMPERATURE, saliency
-from zoo_compress.surgery.masks import density, masks_of
+from zoo_compress.surgery.masks import apply_, density, keep_best, masks_of
 from zoo_compress.surgery.weights import layer_weights
 
 
@@ -90,6 +90,29 @@ class TestCriteria:
         for name, weight, hg in zip(names, tensors, product, strict=True):
             if name in found:
                 assert torch.allclose(found[name], weight * hg, rtol=1e-6, atol=1e-18)
+
+    def test_grasp_of_a_sparse_network_is_about_the_gradient_of_what_is_left(self, tiny, few):
+        """The gradient flow of the network that is trained: removed weights are not (section 3)."""
+        masks = {"fc.weight": torch.rand(3, 3, generator=torch.Generator().manual_seed(0)) < 0.5}
+        apply_(tiny, masks)
+        names, loss, tensors = loss_of(tiny, few, TEMPERATURE)
+        gradient = [
+            g * masks[name] if name in masks else g
+            for name, g in zip(names, torch.autograd.functional.jacobian(loss, tensors), strict=True)
+        ]
+        _, product = torch.autograd.functional.hvp(loss, tensors, tuple(gradient))
+        found = saliency(tiny, layer_weights(tiny), "grasp", few, masks=masks)
+        for name, weight, hg in zip(names, tensors, product, strict=True):
+            if name in found:
+                assert torch.allclose(found[name], weight * hg, rtol=1e-6, atol=1e-18)
+
+    def test_grasp_goes_on_with_what_is_left(self, model, data):
+        thin = zc.sparsify(model, density=0.5, scope="local")
+        masks = masks_of(thin)
+        scores = saliency(thin, layer_weights(thin), "grasp", data, masks=masks)
+        expected = keep_best(scores, 0.3, within=masks)
+        found = masks_of(zc.sparsify(thin, density=0.3, criterion="grasp", data=data))
+        assert all(torch.equal(mask, found[name]) for name, mask in expected.items())
 
     def test_synflow_is_conserved_layer_by_layer(self):
         """Tanaka et al. 2020, theorem 1: in a network of linear layers without biases the scores of each layer sum to the same."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +41,8 @@ class Saliency:
     source: str = ""
 
 
-def hessian_gradient(model: nn.Module, data: Data) -> dict[str, Tensor]:
-    """Product of the Hessian and the gradient of the cross-entropy, both summed over batches."""
+def hessian_gradient(model: nn.Module, data: Data, masks: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Product of the Hessian and the gradient of the cross-entropy, both summed over batches; removed weights have no gradient."""
     named = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
     batches = list(data)
 
@@ -53,6 +54,9 @@ def hessian_gradient(model: nn.Module, data: Data) -> dict[str, Tensor]:
     for loss in losses():
         found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
         total = [t if g is None else t + g for t, g in zip(total, found, strict=True)]
+    # What removed weights would change is no part of what training will.
+    removed = {name: ~mask for name, mask in (masks or {}).items()}
+    total = [t.masked_fill(removed[name].to(t.device), 0) if name in removed else t for name, t in zip(named, total, strict=True)]
     model.zero_grad()
     with sdpa_kernel(SDPBackend.MATH):  # the only one whose gradient has a gradient
         for loss in losses():
@@ -75,7 +79,14 @@ SALIENCIES: dict[str, Saliency] = {
 }
 
 
-def saliency(model: nn.Module, weights: Mapping[str, nn.Parameter], criterion: str, data: Data | None = None, seed: int = 0) -> Scores:
+def saliency(
+    model: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    criterion: str,
+    data: Data | None = None,
+    seed: int = 0,
+    masks: Mapping[str, Tensor] | None = None,
+) -> Scores:
     """Scores of single weights, in double precision.
 
     Args:
@@ -84,6 +95,7 @@ def saliency(model: nn.Module, weights: Mapping[str, nn.Parameter], criterion: s
         criterion: A key of `SALIENCIES`.
         data: Batches of (images (batch, channels, height, width), class indices (batch,)), for those that look at data.
         seed: For the random one.
+        masks: What is left of the model's weights, the others being zero; None where nothing is removed.
 
     Raises:
         CompressError: If the criterion is unknown, or needs data and there is none, a score is not finite, or all are 0.
@@ -92,7 +104,8 @@ def saliency(model: nn.Module, weights: Mapping[str, nn.Parameter], criterion: s
     if criterion == "synflow":
         statistic = _flow(model)
     elif chosen.statistic is not None:
-        statistic = gather(model, chosen.statistic, criterion, data, batch_statistics=chosen.batch_statistics)
+        of = partial(hessian_gradient, masks=masks) if chosen.statistic is hessian_gradient else chosen.statistic
+        statistic = gather(model, of, criterion, data, batch_statistics=chosen.batch_statistics)
     else:
         statistic = {}
     with torch.random.fork_rng(devices=[]), torch.no_grad():

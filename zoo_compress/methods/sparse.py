@@ -130,7 +130,7 @@ def choose_masks(model: nn.Module, wanted: Sparsity, data: Data | None = None, s
     groups = transposed(model) if wanted.pattern is not None else {}
     subject, rounds = model, wanted.num_rounds
     for number in range(1, rounds + 1):
-        scores = saliency(subject, weights, wanted.criterion, batches, seed)
+        scores = saliency(subject, weights, wanted.criterion, batches, seed, masks)
         masks = _turned(_chosen(_turned(scores, groups), wanted, _turned(masks, groups), left, number / rounds), groups)
         if number < rounds:
             subject = copied(model)
