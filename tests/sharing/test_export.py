@@ -1,6 +1,7 @@
 """Other formats and other people's code: outputs are the model's own."""
 
 import copy
+import re
 from pathlib import Path
 
 import numpy as np
@@ -220,6 +221,32 @@ def test_int8_keeps_accuracy_and_is_an_ordinary_file(model, tmp_path):
     assert 0 < np.abs(found - expected).max() / np.abs(expected).max() < 0.2
     weights = [i for i in onnx.load(tmp_path / "small.onnx").graph.initializer if i.data_type == onnx.TensorProto.INT8]
     assert sum(np.prod(i.dims) for i in weights) > 0.9 * sum(p.numel() for p in model.parameters() if p.ndim > 1)
+
+
+@pytest.mark.parametrize("batches", [0, -1, 1.5, True])
+def test_int8_needs_batches(model, tmp_path, batches):
+    with pytest.raises(CompressError, match=r"^batches: expected a positive number of training batches, found "):
+        export_int8(model, tmp_path / "x.onnx", DataConfig(source="digits"), batches=batches)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_another_precision_is_refused_at_once(tmp_path, dtype):
+    small = timm.create_model("test_resnet", num_classes=10).to(dtype)
+    said = f"expected a model in float32, found 'conv1.0.weight' in {str(dtype).removeprefix('torch.')}; export model.float()"
+    for write in (export.export_onnx, export.export_program):
+        with pytest.raises(CompressError, match=re.escape(said)):
+            write(small, tmp_path / "x")
+
+
+def test_what_the_exporter_cannot_do_is_said_by_its_cause(model, tmp_path, monkeypatch):
+    """Its own error says, in colours, that it was step 2 of 3."""
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("This is \x1b[96mstep 2/3\x1b[0m of exporting") from ValueError("Cannot view a tensor\nhere")
+
+    monkeypatch.setattr(torch.onnx, "export", fails)
+    with pytest.raises(CompressError, match=r"^ResNet: cannot be exported to ONNX: Cannot view a tensor$"):
+        export.export_onnx(model, tmp_path / "x.onnx")
 
 
 def test_int8_needs_images(tmp_path):

@@ -92,7 +92,14 @@ def comparison_images(model: nn.Module, data: DataConfig | None, count: int = IM
 
     Returns:
         Tensor (count, channels, height, width).
+
+    Raises:
+        CompressError: The model takes no images in single precision, as data sources give them, or does not fit the source.
     """
+    other = next((name for name, tensor in model.named_parameters() if tensor.is_floating_point() and tensor.dtype != torch.float32), None)
+    if other is not None:
+        found = str(model.get_parameter(other).dtype).removeprefix("torch.")
+        raise CompressError(f"{type(model).__name__}: expected a model in float32, found {other!r} in {found}; export model.float()")
     if data is None:
         return torch.randn(count, *resolve_input_data_config(model)["input_size"], generator=torch.Generator().manual_seed(0))
     source = open_source(data, getattr(model, "in_chans", 3))
@@ -126,7 +133,7 @@ def export_onnx(model: nn.Module, path: str | Path, data: DataConfig | None = No
             torch.onnx.export(program, (), str(file), dynamo=True, external_data=False, verbose=False, input_names=["images"])
             session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
         except Exception as error:
-            raise CompressError(f"{type(model).__name__}: cannot be exported to ONNX: {_reason(error)}") from error
+            raise CompressError(f"{type(model).__name__}: cannot be exported to ONNX: {_reason(_root(error))}") from error
         name = session.get_inputs()[0].name
         exported = _compared(model, images, lambda batch: torch.from_numpy(session.run(None, {name: batch.numpy()})[0]), data, file)
         os.replace(file, path)
@@ -191,6 +198,13 @@ class quiet:
 
     def __exit__(self, *_: object) -> None:
         logging.disable(self._before)
+
+
+def _root(error: BaseException) -> BaseException:
+    """What an error comes from: the exporter's own only say in which of its steps it was."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _reason(error: BaseException) -> str:

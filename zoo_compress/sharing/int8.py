@@ -58,8 +58,10 @@ def export_int8(model: nn.Module, path: str | Path, data: DataConfig, *, batches
         The float file, which is not kept, and the int8 file.
 
     Raises:
-        CompressError: The extra `onnx` is missing, or the model cannot be exported or quantized.
+        CompressError: The extra `onnx` is missing, there are no batches to look at, or the model cannot be exported or quantized.
     """
+    if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
+        raise CompressError(f"batches: expected a positive number of training batches, found {batches!r}")
     path = Path(path)
     with scratch_beside(path) as scratch:
         whole, prepared, small = (scratch / name for name in ("float.onnx", "prepared.onnx", path.name))
