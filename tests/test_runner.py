@@ -14,7 +14,9 @@ import torch
 
 import zoo_compress as zc
 from zoo_compress import actions
+from zoo_compress.actions import create
 from zoo_compress.errors import CompressError, RecipeError
+from zoo_compress.recipe import load_recipe
 from zoo_compress.runner import run
 from zoo_compress.training.checkpoint import load_state
 from zoo_compress.training.config import DataConfig
@@ -294,6 +296,50 @@ def test_what_cannot_start_writes_nothing(tmp_path, old, new, words):
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
+@pytest.mark.parametrize(
+    ("stages", "words"),
+    [
+        ("prune: {macs: 0.5, exclude: ['layer9.*']}", "02_prune: exclude: 'layer9.*' is no axis and matches no parameter"),
+        ("prune: {macs: 0.1, min_keep: 0.9, criterion: thinet}", "02_prune: prune: cannot keep 10.0% of macs: the least reachable"),
+        ("cluster: {bits: {'zz*': 4}}", "02_cluster: bits: 'zz*' matches none of the weights"),
+        ("sparsify: {density: 0.5}, factorize: {macs: 0.7}", "03_factorize: lowrank: no layer of ResNet gets cheaper"),
+        (
+            "sparsify: {density: 0.5, criterion: snip}, finetune: {epochs: 1, lr: 1e-3, method: {blocks: }}",
+            "03_finetune: blocks: expected a",
+        ),
+        ("finetune: {epochs: 1, lr: 1e-3, method: {groups: }}", "02_finetune: groups: ResNet has no groups"),
+        ("finetune: {epochs: 1, lr: 1e-3, method: {exits: {exits: [layer9]}}}", "02_finetune: exits: ResNet has no module 'layer9'"),
+        ("finetune: {epochs: 1, lr: 1e-3, method: {slim: }}, prune: {macs: 0.5}", "03_prune: analyze: SlimmableResNet runs at several"),
+        ("prune: {macs: 0.5}, finetune: {epochs: 1, lr: 1e-3, distill: {teacher: nobody}}", "03_finetune: distill.teacher: timm cannot"),
+        ("prune: {latency: 0.5}, finetune: {epochs: 1, lr: 1e-3, distill: {match: token}}", "03_finetune: distill: match: token: expected"),
+    ],
+)
+def test_what_no_stage_could_do_is_said_before_training(tmp_path, stages, words):
+    text = SHORT.replace("{{", "{").replace("}}", "}").replace("{output}", str(tmp_path / "out"))
+    text = text.replace("prune: {macs: 0.6, round_to: 4, criterion: taylor}", stages)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    said = []
+    with pytest.raises(RecipeError) as error:
+        run(path, log=said.append)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not said
+    assert [found.name for found in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_what_trained_weights_decide_is_not_judged_before(tmp_path):
+    """As they are drawn, all singular values are alike, and ranks that keep nearly all of them save nothing."""
+    stage = "prune: {{macs: 0.6, round_to: 4, criterion: taylor}}"
+    source = write(tmp_path, text=SHORT.replace(stage, "factorize: {{energy: 0.99}}"))
+    with pytest.raises(CompressError, match="no layer of ResNet gets cheaper"):
+        zc.factorize(create(load_recipe(source)), energy=0.99)
+    said = []
+    with pytest.raises(CompressError, match="no layer of ResNet gets cheaper"):
+        run(source, log=said.append)
+    assert any(line.startswith("train 1/1") for line in said), "one epoch is not enough, but that was to be tried"
+
+
 def test_two_runs_do_not_share_a_folder(tmp_path):
     fcntl = pytest.importorskip("fcntl")
     (tmp_path / "out").mkdir()
@@ -442,7 +488,8 @@ def test_drop_rates_hold_in_every_stage(tmp_path, monkeypatch):
     trained = []
 
     def watched(model, *args, **kwargs):
-        trained.append((model.drop_rate, [module.drop_prob for module in model.modules() if hasattr(module, "drop_prob")][-1]))
+        if not kwargs["dry"]:
+            trained.append((model.drop_rate, [module.drop_prob for module in model.modules() if hasattr(module, "drop_prob")][-1]))
         return fit(model, *args, **kwargs)
 
     monkeypatch.setattr(actions, "fit", watched)

@@ -13,6 +13,7 @@ from torch import nn
 import zoo_compress as zc
 
 from .errors import CompressError, RecipeError
+from .methods.criteria import by_weights
 from .plan import PruneRound, Step, budget_of_round, milestones, uncompressed
 from .plugin.weights import WEIGHTS
 from .profiling.measure import measure_many
@@ -21,8 +22,8 @@ from .recipe import Recipe, SaveStage, methods_of
 from .record import STEPS_FOLDER, Record, Row, StepRecord
 from .training.checkpoint import whole_folder
 from .training.config import FinetuneConfig, TrainConfig
-from .training.data import calibration_batches, check_fits, eval_loader, held_out_batches, train_loader
-from .training.distill import check_teachers, try_teachers
+from .training.data import Batches, calibration_batches, check_fits, eval_loader, held_out_batches, train_loader
+from .training.distill import try_teachers
 from .training.distributed import Processes
 from .training.loop import Epoch, Phase, evaluate, fit, reseed
 from .training.sources import Source, default_pretrained_cfg, open_source
@@ -53,6 +54,7 @@ class Run:
         source: the images.
         record: what is done already.
         log: takes one line for people.
+        dry: nothing is trained and nothing judged that trained weights decide: what the steps can do is tried, on few images.
     """
 
     recipe: Recipe
@@ -62,6 +64,7 @@ class Run:
     source: Source
     record: Record
     log: Callable[[str], None]
+    dry: bool = False
 
     def folder(self, step: Step | StepRecord) -> Path:
         """Folder of the model a step makes."""
@@ -70,6 +73,13 @@ class Run:
     def latest(self) -> Path:
         """Folder of the newest model."""
         return self.output / self.record.latest_checkpoint
+
+    def calibration(self, model: nn.Module, batches: int) -> Batches:
+        """So many batches of training images without augmentation."""
+        data = self.recipe.data
+        if self.dry:
+            data, batches = data.model_copy(update={"batch_size": min(data.batch_size, 2)}), 1
+        return calibration_batches(self.source, data, model, batches)
 
 
 def create(recipe: Recipe) -> nn.Module:
@@ -100,35 +110,6 @@ def open_images(recipe: Recipe, model: nn.Module, processes: Processes) -> Sourc
     return source
 
 
-def check_ahead(run: Run, model: nn.Module) -> None:
-    """Refuse, before anything is trained, what the steps to come could not do after it.
-
-    Args:
-        run: The run.
-        model: What the next step starts from.
-
-    Raises:
-        CompressError: A teacher does not fit, or a stage cannot work on this model.
-    """
-    steps = run.plan[len(run.record.steps) :]
-    for distill in dict.fromkeys(step.action.distill for step in steps if isinstance(step.action, FinetuneConfig)):
-        if distill is not None:
-            # Those that this run itself makes are not there yet.
-            teachers = [_teacher(name) for name in distill.teachers if not _within(run.output, name)]
-            check_teachers(model, distill, teachers or [model])
-            try_teachers(model, teachers)
-    for step in steps:
-        if isinstance(step.action, ChangeConfig):
-            step.action.check(model)
-        if isinstance(step.action, ChangeConfig) or methods_of(step.action):
-            break  # parameters may have other names after it
-
-
-def _within(folder: Path, name: str) -> bool:
-    source, _, path = name.partition(":")
-    return source == "local-dir" and Path(path).expanduser().resolve().is_relative_to(folder.resolve())
-
-
 def _create_step(run: Run, step: Step) -> Result:
     return Result(create(run.recipe))
 
@@ -140,13 +121,17 @@ def _fit_step(run: Run, step: Step) -> Result:
     teachers: list[nn.Module] = []
     if isinstance(config, FinetuneConfig) and config.distill:
         dense = uncompressed(run.plan)
-        teachers = [_teacher(name) for name in config.distill.teachers] or ([zc.load(run.folder(dense))] if dense else [])
+        # In a trial, those that the run itself is to save are not there yet.
+        names = [name for name in config.distill.teachers if not (run.dry and _saved_by(run.recipe, name))]
+        teachers = [_teacher(name) for name in names] or [zc.load(run.folder(dense) if dense else run.latest())]
+        if run.dry:
+            try_teachers(model, teachers)
     loaders = train_loader(run.source, data, model, run.processes), eval_loader(run.source, data, model, run.processes)
     methods = methods_of(config)
     method = nested(methods) if methods else None
     calibration: Any = ()
     if method is not None:
-        calibration = calibration_batches(run.source, data, model, method.calibration_batches)
+        calibration = run.calibration(model, method.calibration_batches)
         reseed(run.recipe.seed, step.index, 0)
         model = method.wrap(model)
     history = fit(
@@ -159,8 +144,11 @@ def _fit_step(run: Run, step: Step) -> Result:
         calibration=calibration,
         processes=run.processes,
         state=run.output / STATE_NAME,
-        log=run.log,
+        log=None if run.dry else run.log,
+        dry=run.dry,
     )
+    if run.dry:
+        return Result((model if method is None or method.needs_held_out else method.finish(model, calibration)).cpu())
     last = history[-1]
     metrics = {"loss": last.loss, "top1": last.top1, "top5": last.top5}
     if method is not None:
@@ -178,6 +166,12 @@ def _teacher(name: str) -> nn.Module:
         raise RecipeError(f"distill.teacher: timm cannot create {name!r} with weights: {type(error).__name__}: {error}") from error
 
 
+def _saved_by(recipe: Recipe, name: str) -> bool:
+    """Whether a model's name is of a folder that a recipe writes."""
+    source, _, path = name.partition(":")
+    return source == "local-dir" and Path(path).expanduser().resolve().is_relative_to(Path(recipe.output).expanduser().resolve())
+
+
 def _prune_step(run: Run, step: Step) -> Result:
     action = step.action
     assert isinstance(action, PruneRound)
@@ -189,17 +183,22 @@ def _prune_step(run: Run, step: Step) -> Result:
     base: Any = size if action.first == step.name else run.record.step(action.first).metrics["before"]
     seed = reseed(run.recipe.seed, step.index, 0)
     budget: Any = budget_of_round(action, base[stage.budget[0]])
-    data = calibration_batches(run.source, run.recipe.data, model, stage.calibration_batches)
+    data = run.calibration(model, stage.calibration_batches)
+    criterion, round_to, reconstruct = stage.criterion, stage.round_to, data if stage.reconstruct else None
+    if run.dry:  # by weights alone, and nothing is measured
+        criterion = criterion if by_weights(criterion) else "l2"
+        round_to, reconstruct = 1 if round_to == "auto" else round_to, None
+        budget = {"keep": 1.0} if "latency" in budget else budget
     small = zc.prune(
         model,
         **budget,
-        criterion=stage.criterion,
+        criterion=criterion,
         scope=stage.scope,
-        round_to=stage.round_to,
+        round_to=round_to,
         min_keep=stage.min_keep,
         exclude=stage.exclude,
         data=data,
-        reconstruct=data if stage.reconstruct else None,
+        reconstruct=reconstruct,
         layout=before,
         seed=seed,
         batch_size=run.recipe.measure.batch_size,
@@ -217,8 +216,10 @@ def _change_step(run: Run, step: Step) -> Result:
     if not run.processes.primary:
         return Result()
     model = zc.load(run.latest())
-    data = calibration_batches(run.source, run.recipe.data, model, config.calibration_batches)
-    changed = config.apply(model, data, reseed(run.recipe.seed, step.index, 0))
+    data, seed = run.calibration(model, config.calibration_batches), reseed(run.recipe.seed, step.index, 0)
+    changed = config.rehearse(model, data, seed) if run.dry else config.apply(model, data, seed)
+    if changed is None:
+        return Result()
     before, after = (_size(found) for found in (model, changed))
     run.log(f"{step.label}: MACs {before['macs']:,} → {after['macs']:,}, parameters {before['params']:,} → {after['params']:,}")
     return Result(changed, {"before": before, "after": after})

@@ -17,6 +17,10 @@ class WidthError(CompressError):
     """A choice of widths that the layout does not admit, or a budget no choice reaches."""
 
 
+class BudgetError(WidthError):
+    """A budget that no choice of widths reaches, however they are ranked."""
+
+
 class VariantError(CompressError):
     """A stored variant (config.json, model.safetensors) that cannot be trusted or does not fit its base."""
 

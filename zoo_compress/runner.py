@@ -17,11 +17,12 @@ from tqdm import tqdm
 
 import zoo_compress as zc
 
-from .actions import STATE_NAME, STEPS_FOLDER, Run, act, check_ahead, create, open_images, save_whole
+from .actions import STATE_NAME, STEPS_FOLDER, Run, act, create, open_images, save_whole
 from .errors import RecipeError
 from .plan import Step, make_plan, milestones
 from .recipe import Recipe, load_recipe
 from .record import RECORD_NAME, Record, StepRecord, machine, read_record, versions, write_record
+from .rehearsal import rehearse
 from .sharing.recipe_text import is_of, recipe_of
 from .training.checkpoint import made
 from .training.config import TrainConfig
@@ -79,7 +80,8 @@ def run(
         else:
             log(f"{path}: going on after {record.steps[-1].name}")
         state = Run(recipe, make_plan(recipe), output, processes, source, record, log)
-        check_ahead(state, model)
+        if not record.steps:
+            rehearse(state)
         # All processes have read the old state here, and none has written.
         processes.barrier()
         with locked(output, processes):

@@ -46,8 +46,9 @@ def cluster(model: nn.Module, bits: int | Mapping[str, int] = 4, *, exclude: Ite
         CompressError: If bits are out of range, nothing matches, or a layer has fewer values than clusters.
     """
     weights = layer_weights(model, exclude)
-    chosen, masked = _bits(weights, bits), _masked(model)
-    subject = copied(model)
+    chosen = _bits(weights, bits)
+    subject, before = copied(model), packed_of(model)
+    masked = {name for name in chosen if name in before and before[name].mask}
     # Of layers that are removed whole there is nothing to share.
     chosen = {name: wanted for name, wanted in chosen.items() if name not in masked or as_integers(weights[name]).any()}
     for name, wanted in chosen.items():
@@ -67,24 +68,15 @@ def _share(weight: Tensor, name: str, bits: int, *, masked: bool) -> None:
         found = len(np.unique(values))
     if masked and found < 2**bits:
         return  # sparsifying left so few that each has a value of its own
-    _check_enough(found, name, bits)
+    if found < 2**bits:
+        raise CompressError(
+            f"cluster: {name!r}: expected at least the {2**bits} values of {bits} bits, found {found}; exclude it, or take fewer bits"
+        )
     centroids = kmeans(values, 2**bits)
     shared = torch.from_numpy(centroids).to(weight.dtype)[torch.from_numpy(nearest(values, centroids))]
     weight[kept] = shared.to(weight.device)
     if masked:
         mask_(weight, kept)
-
-
-def _check_enough(values: int, name: str, bits: int) -> None:
-    if values < 2**bits:
-        raise CompressError(
-            f"cluster: {name!r}: expected at least the {2**bits} values of {bits} bits, found {values}; exclude it, or take fewer bits"
-        )
-
-
-def _masked(model: nn.Module) -> set[str]:
-    """Weights of which some are removed."""
-    return {name for name, packing in packed_of(model).items() if packing.mask}
 
 
 def _bits(weights: Mapping[str, nn.Parameter], bits: object) -> dict[str, int]:
@@ -124,12 +116,6 @@ class ClusterConfig(ChangeConfig):
     def _in_range(cls, bits: int | dict[str, int]) -> int | dict[str, int]:
         _by_pattern(bits)
         return bits
-
-    def check(self, model: nn.Module) -> None:
-        weights, masked = layer_weights(model, self.exclude), _masked(model)
-        for name, wanted in _bits(weights, self.bits).items():
-            if name not in masked:
-                _check_enough(weights[name].numel(), name, wanted)
 
     def apply(self, model: nn.Module, images: Iterable[object], seed: int) -> nn.Module:
         return cluster(model, self.bits, exclude=self.exclude)

@@ -120,6 +120,12 @@ def lookup(criterion: str) -> Criterion:
     return found
 
 
+def by_weights(criterion: str) -> bool:
+    """Whether a criterion looks at nothing but a model's weights."""
+    chosen = lookup(criterion)
+    return chosen.importance is not None and chosen.statistic is None
+
+
 def scores(
     model: nn.Module, layout: Layout, names: Iterable[str], criterion: str, data: Data | None = None, seed: int = 0
 ) -> dict[str, np.ndarray]:

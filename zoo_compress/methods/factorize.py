@@ -62,6 +62,11 @@ class FactorizeConfig(ChangeConfig):
             seed=seed,
         )
 
+    def rehearse(self, model: nn.Module, images: Iterable[object], seed: int) -> nn.Module | None:
+        if self.energy is None:
+            self.model_copy(update={"data": False}).apply(model, images, seed)
+        return None  # which layers become two depends on their weights
+
 
 def plan_factorize(
     model: nn.Module,

@@ -183,9 +183,6 @@ class SparsifyConfig(ChangeConfig):
         """The same, checked."""
         return Sparsity(self.density, self.pattern, self.scope, self.criterion, self.rounds, self.exclude)
 
-    def check(self, model: nn.Module) -> None:
-        layer_weights(model, self.exclude)
-
     def apply(self, model: nn.Module, images: Iterable[object], seed: int) -> nn.Module:
         settings = self.model_dump(exclude={"kind", "calibration_batches"})
         return sparsify(model, **settings, data=images if lookup(self.criterion).statistic else None, seed=seed)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import CompressError, WidthError
+from ..errors import BudgetError, CompressError, WidthError
 from . import terms
 from .cost import Polynomial
 from .layout import Layout, parse
@@ -99,7 +99,7 @@ def meet(
     least = asked([ladder.least for ladder in ladders]) if ladders else 1.0
     if least > target + TOLERANCE:
         why = "" if ladders else ": the criterion ranks no axis of this model"
-        raise WidthError(
+        raise BudgetError(
             f"prune: cannot keep {target:.1%} of {budget.kind}: the least reachable with min_keep={budget.min_keep:g} is {least:.1%}{why}"
         )
     if not ladders:

@@ -122,6 +122,7 @@ def fit(
     start: Snapshot | None = None,
     snapshot: Take | None = None,
     log: Callable[[str], None] | None = None,
+    dry: bool = False,
 ) -> list[Epoch]:
     """Train a model in place. The last epoch's weights stay (their average with `ema_decay`): nothing is chosen by its test score.
 
@@ -142,6 +143,7 @@ def fit(
             and images are those of the earlier one; its numbers repeat to the bit, if its weights do and it took this `snapshot`.
         snapshot: the step before which to take one, which costs the training a reseeding there.
         log: receives one line an epoch; None is silent, progress bars included.
+        dry: set everything up, which finds out what does not go together, and train nothing.
 
     Returns:
         What each epoch did, those before a resume included.
@@ -185,6 +187,8 @@ def fit(
         history = _resume(state, phase, task, optimizer)
         if processes.distributed:
             task.prepare_distributed(device_ids=None if processes.device.type == "cpu" else [processes.device])
+        if dry:
+            return []
 
         for epoch in range(marks.first // len(train) + len(history), config.epochs):
             begun = time.perf_counter()

@@ -142,16 +142,6 @@ class ChangeConfig(Config):
     kind: str
     calibration_batches: Count = 8
 
-    def check(self, model: nn.Module) -> None:
-        """Refuse, before anything is trained, what `apply` would refuse after it whatever the training does.
-
-        Args:
-            model: What the training starts from. It may be smaller by the time of `apply`, but its parameters have these names.
-
-        Raises:
-            CompressError: The method cannot work on this model.
-        """
-
     def apply(self, model: nn.Module, images: Iterable[object], seed: int) -> nn.Module:
         """The changed model; the given one stays as it is.
 
@@ -164,6 +154,14 @@ class ChangeConfig(Config):
             CompressError: If the method cannot work on this model.
         """
         raise NotImplementedError
+
+    def rehearse(self, model: nn.Module, images: Iterable[object], seed: int) -> nn.Module | None:
+        """What `apply` would make of a model with these widths and other weights; None where the weights decide that.
+
+        Raises:
+            CompressError: If the method cannot work on such a model, whatever its weights.
+        """
+        return self.apply(model, images, seed)
 
 
 class MethodTask(TrainingTask):

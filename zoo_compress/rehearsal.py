@@ -1,0 +1,52 @@
+"""A recipe tried without training: what cannot work is said before anything is trained, not after hours of it.
+
+Every step that makes a model does so from the one before it, through files, as in the run: training sets everything up and takes no step,
+pruning ranks by weights alone. What trained weights decide is not judged, and where a step's structure follows from them the trial ends.
+"""
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import zoo_compress as zc
+
+from .actions import STEPS_FOLDER, Run, act
+from .errors import BudgetError, CompressError, RecipeError, WidthError
+from .record import StepRecord
+from .surgery.verify import randomise_
+from .training.distributed import Processes
+
+
+def rehearse(run: Run) -> None:
+    """Try the steps of a run that has not begun. Nothing of it is written.
+
+    Raises:
+        RecipeError: Naming the first step that cannot work.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        trial = replace(run, output=Path(scratch), processes=Processes(run.processes.device), log=lambda _: None, dry=True)
+        changed = False
+        for step in trial.plan:
+            if not step.makes_model:
+                continue
+            try:
+                result = act(trial, step)
+            except CompressError as error:
+                # Other weights rank otherwise: that a budget is met nearly is not to be had from these, nor what is left for the next one.
+                if isinstance(error, WidthError) and (changed or not isinstance(error, BudgetError)):
+                    return
+                raise RecipeError(f"{step.name}: {error}") from error
+            model = result.model
+            if model is None:
+                return
+            if step.action == "create" and not run.recipe.model.pretrained:
+                # Initial zeros would be taken for what training leaves: layers that give nothing, and have no gradient.
+                with torch.no_grad():
+                    randomise_(model, torch.Generator().manual_seed(run.recipe.seed))
+            zc.save(model, trial.folder(step))
+            place = f"{STEPS_FOLDER}/{step.name}"
+            done = StepRecord(name=step.name, kind=step.kind, checkpoint=place, metrics=result.metrics, seconds=0)
+            trial = replace(trial, record=trial.record.extended(done))
+            changed = changed or step.compresses
