@@ -35,6 +35,16 @@ def test_budget_is_met(model, layout, budget, fraction, scope):
     assert abs(reached - fraction) <= 0.02
 
 
+@pytest.mark.parametrize("asked", [{"macs": 50}, {"params": 50}, {"macs": 0.001}])
+def test_percent_taken_for_a_count_leaves_no_stump(model, layout, asked):
+    """Two points of tolerance are many times as much as so little."""
+    (kind,) = asked
+    with pytest.raises(zc.WidthError, match=rf"cannot keep 0\.\d% of {kind}.*: the least reachable with min_keep=0.1 is 1\.\d%"):
+        zc.prune(model, layout=layout, **asked)
+    with pytest.raises(zc.WidthError, match="no ranks come near"):
+        zc.factorize(model, layout=layout, macs=50)
+
+
 @pytest.mark.parametrize("budget", ["macs", "params", "keep"])
 def test_local_sizes_are_those_of_the_budget_whatever_weights_are_worth(budget):
     model = timm.create_model("resnet18__pruned", keep=0.25)

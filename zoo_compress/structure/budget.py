@@ -29,6 +29,12 @@ Fraction = Callable[[Sequence[int]], float]
 Steps = list[int]
 
 
+def tolerance(target: float) -> float:
+    """By how much a choice may miss a fraction asked for: never by more than that itself, or 50 meant as percent, and taken as a count,
+    would leave next to nothing."""
+    return min(TOLERANCE, target)
+
+
 @dataclass(frozen=True)
 class Budget:
     """What to keep of a model.
@@ -80,7 +86,7 @@ def meet(
         latency: Time of one pass as a polynomial in the sizes of axes; needed where that is what the budget limits.
 
     Raises:
-        WidthError: If no choice comes within `TOLERANCE` of the budget, saying what is reachable.
+        WidthError: If no choice comes within `tolerance` of the budget, saying what is reachable.
     """
     ladders = [_Ladder(group, scores, budget) for group in groups if all(name in scores for name in group.axes)]
     costs = _costs(layout, ladders, budget.kind, latency)
@@ -97,11 +103,10 @@ def meet(
         return costs[0](steps) / totals[0]
 
     least = asked([ladder.least for ladder in ladders]) if ladders else 1.0
-    if least > target + TOLERANCE:
+    wanted = f"{target:.1%} of {budget.kind}" + (f" ({budget.value:g} of {totals[0] // samples:,})" if budget.value > 1 else "")
+    if least > target + tolerance(target):
         why = "" if ladders else ": the criterion ranks no axis of this model"
-        raise BudgetError(
-            f"prune: cannot keep {target:.1%} of {budget.kind}: the least reachable with min_keep={budget.min_keep:g} is {least:.1%}{why}"
-        )
+        raise BudgetError(f"prune: cannot keep {wanted}: the least reachable with min_keep={budget.min_keep:g} is {least:.1%}{why}")
     if not ladders:
         return {}
     chosen = None
@@ -109,10 +114,8 @@ def meet(
         chosen = _balanced(ladders, layout, budget, fractions, target)
     if chosen is None:
         chosen = _fit(ladders, budget, asked, target)
-    if abs(asked(chosen) - target) > TOLERANCE:
-        raise WidthError(
-            f"prune: cannot keep {target:.1%} of {budget.kind}: the nearest reachable is {asked(chosen):.1%} (round_to={budget.round_to})"
-        )
+    if abs(asked(chosen) - target) > tolerance(target):
+        raise WidthError(f"prune: cannot keep {wanted}: the nearest reachable is {asked(chosen):.1%} (round_to={budget.round_to})")
     return {name: size for ladder, step in zip(ladders, chosen, strict=True) for name, size in ladder.group.at(step).items()}
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .budget import TOLERANCE
+from .budget import tolerance
 
 BISECTIONS = 100
 
@@ -143,4 +143,4 @@ def cheapest(candidates: Mapping[str, Candidate]) -> float:
 
 def meets(cost: float, limit: float, whole: float) -> bool:
     """Whether a cost is as near a limit as budgets are to be, as a fraction of what the whole model costs."""
-    return abs(cost - limit) <= TOLERANCE * whole
+    return abs(cost - limit) <= tolerance(limit / whole) * whole

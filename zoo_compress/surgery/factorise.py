@@ -329,12 +329,12 @@ def _chosen(
         found = candidates(step)
         chosen = (allocate if wanted.scope == "global" else evenly)(found, target - rest)
         cost = total(found, chosen)
-        if layers and meets(cost, target - rest, whole):
+        if layers and meets(cost + rest, target, whole):
             return chosen
         if step == 1:
             low, near = ((rest + n) / whole for n in (cheapest(found), max(cost, cheapest(found))))
             raise WidthError(
-                f"{wanted.method}: no ranks come within 2 percentage points of {name}={value:g}; of the {low:.1%} to 100% that are "
+                f"{wanted.method}: no ranks come near {name}={value:g}; of the {low:.1%} to 100% that are "
                 f"reachable, the nearest below is {near:.1%}"
             )
         step //= 2
