@@ -1,7 +1,8 @@
 """A recipe tried without training: what cannot work is said before anything is trained, not after hours of it.
 
 Every step that makes a model does so from the one before it, through files, as in the run: training sets everything up and takes no step,
-pruning ranks by weights alone. What trained weights decide is not judged, and where a step's structure follows from them the trial ends.
+pruning and sparsifying rank by weights alone. What trained weights decide is not judged, and where a step's structure follows from them
+the trial ends.
 """
 
 import tempfile

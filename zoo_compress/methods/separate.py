@@ -40,6 +40,10 @@ class SeparateConfig(ChangeConfig):
         data = images if self.data else None
         return separate(model, macs=self.macs, params=self.params, multiplier=self.multiplier, data=data, exclude=self.exclude, seed=seed)
 
+    def rehearse(self, model: nn.Module, images: Iterable[object], seed: int) -> nn.Module | None:
+        found = self.model_copy(update={"data": False}).apply(model, images, seed)
+        return found if self.macs is None and self.params is None else None  # which layers become two depends on their weights
+
 
 def plan_separate(
     model: nn.Module,

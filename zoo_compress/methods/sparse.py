@@ -186,3 +186,6 @@ class SparsifyConfig(ChangeConfig):
     def apply(self, model: nn.Module, images: Iterable[object], seed: int) -> nn.Module:
         settings = self.model_dump(exclude={"kind", "calibration_batches"})
         return sparsify(model, **settings, data=images if lookup(self.criterion).statistic else None, seed=seed)  # type: ignore[arg-type]
+
+    def rehearse(self, model: nn.Module, images: Iterable[object], seed: int) -> nn.Module:
+        return self.model_copy(update={"criterion": "magnitude", "rounds": 1}).apply(model, images, seed)
