@@ -163,3 +163,11 @@ def test_gradients_of_several_backward_passes_add_up(make_model):
         seen.append({name: value.clone() for name, value in task.gradients.items()})
     once, twice = seen
     assert all(torch.allclose(twice[name], 2 * once[name], rtol=1e-4, atol=1e-6) for name in once)
+
+
+def test_a_schedule_without_steps_is_refused(make_model):
+    """In a loop of one's own the weights would otherwise all go within the first steps."""
+    net = make_model()
+    task = GradualTask(ClassificationTask(net, verbose=False), GradualConfig(density=0.2))
+    with pytest.raises(CompressError, match=r"gradual: start_epoch: expected steps, .* found none"):
+        task.start_epoch(0, 10, torch.optim.SGD(net.parameters(), 0.1))

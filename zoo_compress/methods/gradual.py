@@ -116,8 +116,10 @@ class GradualTask(MethodTask):
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         return self.task(input, target)
 
-    def start_epoch(self, epoch: int, epochs: int, optimizer: torch.optim.Optimizer, steps: int = 1) -> None:
+    def start_epoch(self, epoch: int, epochs: int, optimizer: torch.optim.Optimizer, steps: int | None = None) -> None:
         super().start_epoch(epoch, epochs, optimizer, steps)
+        if steps is None:
+            raise CompressError("gradual: start_epoch: expected steps, of the optimizer in an epoch, over which weights go; found none")
         self.steps = epochs * steps
         if not self._handles:
             self._handles = [weight.register_hook(self._see(name)) for name, weight in self.weights.items() if weight.requires_grad]

@@ -256,7 +256,7 @@ class NetAugTask(MethodTask):
         net.set_base()
         return {**base, "loss": base["loss"] + self.alpha * augmented["loss"], "base_loss": base["loss"], "aug_loss": augmented["loss"]}
 
-    def start_epoch(self, epoch: int, epochs: int, optimizer: torch.optim.Optimizer, steps: int = 1) -> None:
+    def start_epoch(self, epoch: int, epochs: int, optimizer: torch.optim.Optimizer, steps: int | None = None) -> None:
         self.residual = epoch < RESIDUAL_UNTIL * epochs
         if self.sort:
             orders = self.net.orders()

@@ -132,7 +132,7 @@ class SelectionTask(MethodTask):
             self.factors.leaf = self.scales.detach().requires_grad_()
         return self.task(input, target)
 
-    def start_epoch(self, epoch: int, epochs: int, optimizer: torch.optim.Optimizer, steps: int = 1) -> None:
+    def start_epoch(self, epoch: int, epochs: int, optimizer: torch.optim.Optimizer, steps: int | None = None) -> None:
         super().start_epoch(epoch, epochs, optimizer, steps)
         if not self._attached:
             self._handles.append(optimizer.register_step_post_hook(lambda *_: self._step(optimizer.param_groups[0]["lr"])))

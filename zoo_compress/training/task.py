@@ -230,8 +230,18 @@ class MethodTask(TrainingTask):
         if state:
             self.draws = int(state["draws"])
 
-    def start_epoch(self, epoch: int, epochs: int, optimizer: torch.optim.Optimizer, steps: int = 1) -> None:
-        """Do what has to be done before the steps of an epoch, `epoch` of `epochs`, the first being 0, each of so many steps."""
+    def start_epoch(self, epoch: int, epochs: int, optimizer: torch.optim.Optimizer, steps: int | None = None) -> None:
+        """Do what has to be done before the steps of an epoch.
+
+        Args:
+            epoch: Which one, the first being 0.
+            epochs: How many there are.
+            optimizer: What takes the steps.
+            steps: How many an epoch has; only methods with a schedule of their own ask for it.
+
+        Raises:
+            CompressError: The method needs to know the steps.
+        """
         if isinstance(self.task, MethodTask):
             self.task.start_epoch(epoch, epochs, optimizer, steps)
 
