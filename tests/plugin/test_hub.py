@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from functools import partial
 
 import pytest
 import timm
@@ -15,6 +16,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
+import zoo_compress as zc
 from zoo_compress.errors import CompressError, VariantError
 from zoo_compress.plugin import hub, load, save, weights
 from zoo_compress.plugin.weights import DIGEST
@@ -360,3 +362,23 @@ def test_loading_in_threads(saved, small, images):
     assert not errors
     expected = small(images)
     assert all(torch.equal(output, expected) for output in outputs if output is not None)
+
+
+def test_compiled_models_are_refused_where_the_model_itself_is_meant(tmp_path):
+    model = timm.create_model("test_resnet")
+    compiled = torch.compile(model)
+    for method in (
+        zc.analyze,
+        partial(zc.prune, macs=0.5),
+        partial(zc.sparsify, density=0.5),
+        partial(zc.cluster, bits=4),
+        zc.quantize,
+        partial(zc.factorize, macs=0.7),
+        partial(zc.slim, widths=(0.5, 1.0)),
+        partial(zc.add_exits, exits=2),
+        partial(save, directory=tmp_path),
+    ):
+        with pytest.raises(CompressError, match=r"expected the ResNet itself, found what torch\.compile made of it"):
+            method(compiled)
+    assert not list(tmp_path.iterdir())
+    assert type(compiled._orig_mod) is type(model)

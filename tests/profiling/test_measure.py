@@ -119,3 +119,9 @@ def test_numbers_out_of_range(model, wrong, message):
 def test_other_devices_are_refused():
     with pytest.raises(zc.CompressError, match="expected a model on the CPU"):
         zc.measure(timm.create_model("test_resnet", device="meta"))
+
+
+def test_a_compiled_model_is_measured_as_it_runs():
+    model = timm.create_model("test_resnet")
+    found = zc.measure(torch.compile(model, backend="eager"), runs=1, warmup=1)
+    assert (found.macs, found.params) == (zc.analyze(model).macs(), sum(p.numel() for p in model.parameters()))

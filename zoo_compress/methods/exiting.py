@@ -17,7 +17,7 @@ from ..structure.variant import Variant, record
 from ..surgery import blocks, factors
 from ..surgery.elastic import Elastic
 from ..surgery.exits import ExitsModel, attach_
-from ..surgery.modules import copied
+from ..surgery.modules import copied, refuse_compiled
 from ..surgery.origin import Origin, origin, stamp
 from ..surgery.places import check_wanted, choose
 from ..surgery.proof import Trial
@@ -93,6 +93,7 @@ def add_exits(model: nn.Module, exits: int | float | str | Sequence[str] | Seque
         raise CompressError(f"grid: expected 1 to {MAX_GRID} parts of each side of a map, found {grid!r}")
     if not isinstance(model, nn.Module):
         raise CompressError(f"exits: expected a model, found {type(model).__name__}")
+    refuse_compiled(model)
     if isinstance(model, ExitsModel):
         raise CompressError("exits: the model has exits already")
     if isinstance(model, Elastic):

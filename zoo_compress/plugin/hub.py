@@ -22,7 +22,7 @@ from ..errors import CompressError, VariantError
 from ..structure.variant import OPTIONS, Variant
 from ..surgery import factors
 from ..surgery.elastic import Elastic
-from ..surgery.modules import classifiers
+from ..surgery.modules import classifiers, refuse_compiled
 from ..surgery.origin import packed_of, variant_of
 from ..surgery.packing import assignments, pack_state
 from ..surgery.restore import present
@@ -114,6 +114,7 @@ def _check_saveable(model: nn.Module) -> None:
     what = type(model).__name__
     if not isinstance(model, nn.Module):
         raise CompressError(f"save: expected a model, found {what}")
+    refuse_compiled(model)
     cfg = getattr(model, "pretrained_cfg", None)
     architecture = cfg.get("architecture") if isinstance(cfg, Mapping) else None
     if not isinstance(architecture, str) or not is_model(architecture):

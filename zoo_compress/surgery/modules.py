@@ -14,6 +14,8 @@ from timm.models import FeatureInfo
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..errors import CompressError
+
 Step = str | int
 
 M = TypeVar("M", bound=nn.Module)
@@ -181,6 +183,26 @@ def every_output(model: nn.Module) -> AbstractContextManager[Any]:
     """
     own = getattr(model, "every_output", None)
     return own() if callable(own) else nullcontext()
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model that `torch.compile` was given, or the model itself."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """Refuse what `torch.compile` gives of a model: it has other names for all that the model has, and its graphs are of the sizes it saw.
+
+    Raises:
+        CompressError: That.
+    """
+    inner = uncompiled(model)
+    if inner is not model:
+        raise CompressError(
+            f"expected the {type(inner).__name__} itself, found what torch.compile made of it; pass the model that was compiled, and "
+            "compile what comes of it"
+        )
 
 
 def copied(model: M, instead: Mapping[int, Any] | None = None) -> M:

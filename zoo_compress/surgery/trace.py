@@ -27,7 +27,7 @@ from .elastic import Elastic
 from .finish import finish
 from .functions import FUNCTIONS
 from .kernels import Kernels
-from .modules import eval_copy, every_output
+from .modules import eval_copy, every_output, refuse_compiled
 from .rules import COSTLY, RULES, elementwise
 from .sizes import equalities
 from .tracer import MODEL_ERRORS, Tracer, named_tensors
@@ -50,9 +50,11 @@ def analyze(model: nn.Module, example_input: torch.Tensor | None = None) -> Layo
 
     Raises:
         AnalysisError: If `model` is no module, its input is not known, or it does not run.
+        CompressError: If it is compiled.
     """
     if not isinstance(model, nn.Module):
         raise AnalysisError(f"analyze: expected a torch.nn.Module, found {type(model).__name__}")
+    refuse_compiled(model)
     if isinstance(model, Elastic):
         raise AnalysisError(f"analyze: {type(model).__name__} runs at several widths; its layout is net.layout, or export one of them")
     example = example_input if example_input is not None else default_input(model)

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from ..errors import CompressError
 from .elastic import Elastic
+from .modules import refuse_compiled
 
 
 def layer_weights(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, nn.Parameter]:
@@ -23,10 +24,11 @@ def layer_weights(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, nn
 
     Raises:
         CompressError: If a pattern is none, or matches none of them, or nothing is left; or if the model is a bank of several widths, whose
-            weights are trained as a whole.
+            weights are trained as a whole, or compiled.
     """
     if not isinstance(model, nn.Module):
         raise CompressError(f"expected a model, found {type(model).__name__}")
+    refuse_compiled(model)
     if isinstance(model, Elastic):
         raise CompressError(f"expected a network of one width, found {type(model).__name__} of several; use what its export() gives")
     found: dict[str, nn.Parameter] = {}
