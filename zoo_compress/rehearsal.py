@@ -5,9 +5,7 @@ pruning and sparsifying rank by weights alone. What trained weights decide is no
 the trial ends.
 """
 
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -17,6 +15,7 @@ from .actions import STEPS_FOLDER, Run, act
 from .errors import BudgetError, CompressError, RecipeError, WidthError
 from .record import StepRecord
 from .surgery.verify import randomise_
+from .training.checkpoint import scratch_beside
 from .training.distributed import Processes
 
 
@@ -25,9 +24,12 @@ def rehearse(run: Run) -> None:
 
     Raises:
         RecipeError: Naming the first step that cannot work.
+        CompressError: Nothing can be written where the run is to write.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        trial = replace(run, output=Path(scratch), processes=Processes(run.processes.device), log=lambda _: None, dry=True)
+    # On the disk that is to hold the models; that of temporary files may be too small for them.
+    there = next(folder for folder in run.output.absolute().parents if folder.is_dir())
+    with scratch_beside(there / run.output.name) as scratch:
+        trial = replace(run, output=scratch, processes=Processes(run.processes.device), log=lambda _: None, dry=True)
         changed = False
         for step in trial.plan:
             if not step.makes_model:
