@@ -282,6 +282,9 @@ def _trained(lab: _Lab, number: int) -> tuple[nn.Module, dict[str, Any]]:
     return zc.load(lab.ticket(number - 1), **lab.recipe.model.drop_rates), {"config": lab.config.model_copy(update=tuning)}
 
 
+TICKS = 14
+"""Rounds that a plot has room to name."""
+
 _OTHER = 2**31  # seeds that no training has
 _ARMS: dict[str, Callable[[_Lab, int], tuple[nn.Module, dict[str, Any]]]] = {
     TICKET: _rewound,
@@ -347,11 +350,15 @@ def plot(table: Sequence[Curve], file: str | Path, title: str = "") -> None:
     """
     figure = blank_figure((7, 4.5))
     axes = figure.subplots()
-    for curve in table:
-        left = [100 * x for x in curve.remaining]
+    for place, curve in enumerate(table):
+        left = [100 * x * 1.015**place for x in curve.remaining]  # beside each other, not on top
         axes.errorbar(left, curve.mean, curve.spread or None, marker="o", markersize=3, capsize=2, label=curve.arm)
     axes.set_xscale("log")
     axes.invert_xaxis()
+    rounds = [100 * x for x in table[0].remaining]
+    shown = rounds[:: -(-len(rounds) // TICKS)]
+    axes.set_xticks(shown, [f"{x:.3g}" for x in shown])
+    axes.set_xticks([], minor=True)
     axes.set(xlabel="weights left, %", ylabel="top-1, %", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
