@@ -18,7 +18,7 @@ from .plan import PruneRound, Step, budget_of_round, milestones, uncompressed
 from .plugin.weights import WEIGHTS
 from .profiling.measure import measure_many
 from .profiling.settings import ways
-from .recipe import Recipe, SaveStage, methods_of
+from .recipe import PruneStage, Recipe, SaveStage, methods_of
 from .record import STEPS_FOLDER, Record, Row, StepRecord
 from .training.checkpoint import whole_folder
 from .training.config import FinetuneConfig, TrainConfig
@@ -172,33 +172,36 @@ def _saved_by(recipe: Recipe, name: str) -> bool:
     return source == "local-dir" and Path(path).expanduser().resolve().is_relative_to(Path(recipe.output).expanduser().resolve())
 
 
+def _by_weights(stage: PruneStage) -> PruneStage:
+    """A stage that ranks by weights alone, and measures nothing."""
+    changes: dict[str, Any] = {"criterion": stage.criterion if by_weights(stage.criterion) else "l2", "reconstruct": False}
+    return stage.model_copy(update={**changes, "round_to": 1 if stage.round_to == "auto" else stage.round_to})
+
+
 def _prune_step(run: Run, step: Step) -> Result:
     action = step.action
     assert isinstance(action, PruneRound)
     if not run.processes.primary:
         return Result()
-    stage, model = action.stage, zc.load(run.latest())
+    stage, model = _by_weights(action.stage) if run.dry else action.stage, zc.load(run.latest())
     before = zc.analyze(model)
     size = {"macs": before.macs(), "params": before.num_params(), "keep": 1, "latency": 1}
     base: Any = size if action.first == step.name else run.record.step(action.first).metrics["before"]
     seed = reseed(run.recipe.seed, step.index, 0)
     budget: Any = budget_of_round(action, base[stage.budget[0]])
     data = run.calibration(model, stage.calibration_batches)
-    criterion, round_to, reconstruct = stage.criterion, stage.round_to, data if stage.reconstruct else None
-    if run.dry:  # by weights alone, and nothing is measured
-        criterion = criterion if by_weights(criterion) else "l2"
-        round_to, reconstruct = 1 if round_to == "auto" else round_to, None
-        budget = {"keep": 1.0} if "latency" in budget else budget
+    if run.dry and "latency" in budget:
+        budget = {"keep": 1.0}  # nothing is measured
     small = zc.prune(
         model,
         **budget,
-        criterion=criterion,
+        criterion=stage.criterion,
         scope=stage.scope,
-        round_to=round_to,
+        round_to=stage.round_to,
         min_keep=stage.min_keep,
         exclude=stage.exclude,
         data=data,
-        reconstruct=reconstruct,
+        reconstruct=data if stage.reconstruct else None,
         layout=before,
         seed=seed,
         batch_size=run.recipe.measure.batch_size,

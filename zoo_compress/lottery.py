@@ -46,6 +46,8 @@ RECORD_NAME = "lottery.json"
 TICKET = "ticket"
 Control = Literal["reinit", "random", "signs", "finetune"]
 CONTROLS: tuple[Control, ...] = ("reinit", "random", "signs", "finetune")
+TICKS = 14
+"""Rounds that a plot has room to name."""
 
 
 class LotteryConfig(Config):
@@ -281,9 +283,6 @@ def _trained(lab: _Lab, number: int) -> tuple[nn.Module, dict[str, Any]]:
     tuning = {"lr": lab.config.lr / 10, "sched": "constant", "warmup_epochs": 0}
     return zc.load(lab.ticket(number - 1), **lab.recipe.model.drop_rates), {"config": lab.config.model_copy(update=tuning)}
 
-
-TICKS = 14
-"""Rounds that a plot has room to name."""
 
 _OTHER = 2**31  # seeds that no training has
 _ARMS: dict[str, Callable[[_Lab, int], tuple[nn.Module, dict[str, Any]]]] = {

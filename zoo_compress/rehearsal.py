@@ -8,10 +8,11 @@ the trial ends.
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 import zoo_compress as zc
 
-from .actions import STEPS_FOLDER, Run, act
+from .actions import STEPS_FOLDER, Result, Run, act
 from .errors import BudgetError, CompressError, RecipeError, WidthError
 from .record import StepRecord
 from .surgery.verify import randomise_
@@ -19,8 +20,12 @@ from .training.checkpoint import scratch_beside
 from .training.distributed import Processes
 
 
-def rehearse(run: Run) -> None:
+def rehearse(run: Run, model: nn.Module) -> None:
     """Try the steps of a run that has not begun. Nothing of it is written.
+
+    Args:
+        run: The run.
+        model: What its first step would make. Its weights are others afterwards.
 
     Raises:
         RecipeError: Naming the first step that cannot work.
@@ -35,20 +40,19 @@ def rehearse(run: Run) -> None:
             if not step.makes_model:
                 continue
             try:
-                result = act(trial, step)
+                result = Result(model) if step.action == "create" else act(trial, step)
             except CompressError as error:
                 # Other weights rank otherwise: that a budget is met nearly is not to be had from these, nor what is left for the next one.
                 if isinstance(error, WidthError) and (changed or not isinstance(error, BudgetError)):
                     return
                 raise RecipeError(f"{step.name}: {error}") from error
-            model = result.model
-            if model is None:
+            if result.model is None:
                 return
             if step.action == "create" and not run.recipe.model.pretrained:
                 # Initial zeros would be taken for what training leaves: layers that give nothing, and have no gradient.
                 with torch.no_grad():
-                    randomise_(model, torch.Generator().manual_seed(run.recipe.seed))
-            zc.save(model, trial.folder(step))
+                    randomise_(result.model, torch.Generator().manual_seed(run.recipe.seed))
+            zc.save(result.model, trial.folder(step))
             place = f"{STEPS_FOLDER}/{step.name}"
             done = StepRecord(name=step.name, kind=step.kind, checkpoint=place, metrics=result.metrics, seconds=0)
             trial = replace(trial, record=trial.record.extended(done))

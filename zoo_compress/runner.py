@@ -81,7 +81,7 @@ def run(
             log(f"{path}: going on after {record.steps[-1].name}")
         state = Run(recipe, make_plan(recipe), output, processes, source, record, log)
         if not record.steps:
-            rehearse(state)
+            rehearse(state, model)
         # All processes have read the old state here, and none has written.
         processes.barrier()
         with locked(output, processes):

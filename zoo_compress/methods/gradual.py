@@ -98,8 +98,7 @@ class GradualTask(MethodTask):
         self.weights = layer_weights(self.net, config.exclude)
         # Layers that are left alone keep the zeros that they came with.
         self.keeper = Keeper(self.net, {name: packing for name, packing in packed_of(self.net).items() if name not in self.weights})
-        self._others = self.keeper.masks
-        self._keep(masks_in_force(self.net, self.weights))
+        self.keeper.masks |= masks_in_force(self.net, self.weights)
         self.initial = density_of(self.masks)
         self.gradients: dict[str, Tensor] = {}
         self.steps = 0
@@ -109,9 +108,6 @@ class GradualTask(MethodTask):
     def masks(self) -> dict[str, Tensor]:
         """What is left now of the weights that this removes."""
         return {name: self.keeper.masks[name] for name in self.weights}
-
-    def _keep(self, masks: dict[str, Tensor]) -> None:
-        self.keeper.masks = {**self._others, **masks}
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         return self.task(input, target)
@@ -146,7 +142,7 @@ class GradualTask(MethodTask):
     ) -> None:
         super().load_task_state(state, strict, module, ema)
         if state:
-            self._keep(unpack_masks(state["masks"], "training state"))
+            self.keeper.masks |= unpack_masks(state["masks"], "training state")
 
     def density(self, step: int) -> float:
         """Density after so many steps (Zhu & Gupta 2017, equation 1)."""
@@ -193,7 +189,7 @@ class GradualTask(MethodTask):
             weight = self.weights[name]
             weight[mask & ~before[name].to(mask.device)] = 0  # as RigL does
             mask_(weight, mask)
-        self._keep(masks)
+        self.keeper.masks |= masks
         self.gradients.clear()
 
     def _replaced(self) -> float:

@@ -85,7 +85,7 @@ def create_task(model: nn.Module, config: TrainConfig, teachers: Sequence[nn.Mod
     distill = config.distill if isinstance(config, FinetuneConfig) else None
     if distill is None:
         return ClassificationTask(model, **shared)
-    check_teachers(model, distill, teachers)
+    _check(model, distill, teachers)
     teachers = [teacher.to(device) for teacher in teachers]
     teacher = _Teacher(teachers[0], device=device) if len(teachers) == 1 else Ensemble(teachers, model, distill.temperature, device)
     shared["task_loss_weight"] = distill.task_loss_weight
@@ -95,17 +95,8 @@ def create_task(model: nn.Module, config: TrainConfig, teachers: Sequence[nn.Mod
     return task(model, teacher, temperature=distill.temperature, **shared)
 
 
-def check_teachers(model: nn.Module, distill: DistillConfig, teachers: Sequence[nn.Module]) -> None:
-    """Refuse a student and teachers that don't go together, as far as they say so themselves.
-
-    Args:
-        model: The student.
-        distill: What is to be learnt.
-        teachers: The models to learn from.
-
-    Raises:
-        CompressError: That.
-    """
+def _check(model: nn.Module, distill: DistillConfig, teachers: Sequence[nn.Module]) -> None:
+    """Refuse a student and teachers that don't go together, as far as they say so themselves."""
     if not teachers:
         raise CompressError("distill: expected a teacher, found none")
     student: Any = model
