@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from ..errors import CompressError
 from ..structure.packed import Packing
-from ..surgery.modules import copied
+from ..surgery.modules import copied, takes_model
 from ..surgery.origin import refuse_packed, stamp_packed
 from ..surgery.weights import check_finite, ends, layer_weights, plain_weights_, through
 from ..training.task import MethodConfig, MethodTask
@@ -47,6 +47,7 @@ KINDS: dict[str, tuple[Callable[[Tensor], Tensor], Packing]] = {
 }
 
 
+@takes_model
 def quantize(model: nn.Module, kind: str = "binary", *, exclude: Iterable[str] | None = None) -> nn.Module:
     """A copy of a model whose weights have the two or three values nearest to them. Without training, that is not a network any more.
 

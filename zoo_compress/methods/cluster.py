@@ -18,13 +18,14 @@ from ..errors import CompressError
 from ..structure.packed import MAX_BITS, Packing
 from ..surgery.kmeans import kmeans, nearest
 from ..surgery.masks import mask_
-from ..surgery.modules import copied
+from ..surgery.modules import copied, takes_model
 from ..surgery.origin import packed_of, stamp_packed
 from ..surgery.packing import as_integers
 from ..surgery.weights import check_finite, layer_weights
 from ..training.task import ChangeConfig
 
 
+@takes_model
 def cluster(model: nn.Module, bits: int | Mapping[str, int] = 4, *, exclude: Iterable[str] = ()) -> nn.Module:
     """A copy of a model whose weights of convolutions and linear layers have at most 2^bits values each, by k-means of every layer.
 

@@ -17,7 +17,7 @@ from ..structure.variant import Variant, record
 from ..surgery import blocks, factors
 from ..surgery.elastic import Elastic
 from ..surgery.exits import ExitsModel, attach_
-from ..surgery.modules import copied, refuse_compiled
+from ..surgery.modules import copied, takes_model
 from ..surgery.origin import Origin, origin, stamp
 from ..surgery.places import check_wanted, choose
 from ..surgery.proof import Trial
@@ -72,6 +72,7 @@ def attach_exits_(model: nn.Module, record: Exits, boundaries: tuple[Boundary, .
     return attach_(model, record, boundaries, Exiting)
 
 
+@takes_model
 def add_exits(model: nn.Module, exits: int | float | str | Sequence[str] | Sequence[float], grid: int | None = None) -> nn.Module:
     """A copy of a timm model with early exits, whose heads have random weights. It stays a timm model of its own class.
 
@@ -93,7 +94,6 @@ def add_exits(model: nn.Module, exits: int | float | str | Sequence[str] | Seque
         raise CompressError(f"grid: expected 1 to {MAX_GRID} parts of each side of a map, found {grid!r}")
     if not isinstance(model, nn.Module):
         raise CompressError(f"exits: expected a model, found {type(model).__name__}")
-    refuse_compiled(model)
     if isinstance(model, ExitsModel):
         raise CompressError("exits: the model has exits already")
     if isinstance(model, Elastic):

@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import CompressError
 from ..structure.layout import Layout
 from ..surgery.factorise import BUDGETS, FactorPlan, Wanted, apply_factors, plan_factors
+from ..surgery.modules import takes_model
 from ..training.config import Count, Positive
 from ..training.task import ChangeConfig
 
@@ -68,6 +69,7 @@ class FactorizeConfig(ChangeConfig):
         return None  # which layers become two depends on their weights
 
 
+@takes_model
 def plan_factorize(
     model: nn.Module,
     *,
@@ -93,6 +95,7 @@ def plan_factorize(
     return plan_factors(model, wanted, data, layout, seed)
 
 
+@takes_model
 def factorize(
     model: nn.Module,
     *,

@@ -25,7 +25,7 @@ from ..structure.widths import Group
 from ..surgery.calibrate import calibrate
 from ..surgery.elastic import Elastic, make_elastic_
 from ..surgery.grow import grow, growable
-from ..surgery.modules import get_tensor, statistics
+from ..surgery.modules import get_tensor, statistics, takes_model
 from ..surgery.origin import refuse_packed
 from ..surgery.resize import check_fits, reindex
 from ..surgery.trace import analyze, empty_input
@@ -166,6 +166,7 @@ class Augmented(Elastic):
         return self._elastic.settings
 
 
+@takes_model
 def netaug(model: nn.Module, r: float = 3, s: int = 3, *, layout: Layout | None = None) -> Augmented:
     """A larger network around a model, for training it.
 

@@ -18,6 +18,7 @@ from ..structure.layout import Layout, parse
 from ..structure.widths import Group, groups
 from ..surgery.calibrate import follow_
 from ..surgery.images import image_batches
+from ..surgery.modules import takes_model
 from ..surgery.moments import Moments, gather
 from ..surgery.origin import forget_packed
 from ..surgery.reconstruct import reconstruct_
@@ -78,6 +79,7 @@ class PruneConfig:
         return self.latency is not None or self.round_to == "auto"
 
 
+@takes_model
 def prune(
     model: nn.Module,
     *,

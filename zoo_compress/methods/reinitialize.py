@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import CompressError
 from ..structure.packed import Packing
 from ..surgery.masks import apply_, masks_of
-from ..surgery.modules import copied, statistics
+from ..surgery.modules import copied, statistics, takes_model
 from ..surgery.origin import forget_packed, origin, packed_of
 from ..training.task import ChangeConfig
 
@@ -39,6 +39,7 @@ class ReinitializeConfig(ChangeConfig):
         return reinitialize(model, seed)
 
 
+@takes_model
 def reinitialize(model: nn.Module, seed: int = 0) -> nn.Module:
     """A copy of a model, compressed or not, with the weights it would have before any training.
 

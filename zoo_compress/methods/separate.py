@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import CompressError
 from ..structure.layout import Layout
 from ..surgery.factorise import FactorPlan, Wanted, apply_factors, plan_factors
+from ..surgery.modules import takes_model
 from ..training.config import Count, Positive
 from ..training.task import ChangeConfig
 
@@ -45,6 +46,7 @@ class SeparateConfig(ChangeConfig):
         return found if self.macs is None and self.params is None else None  # which layers become two depends on their weights
 
 
+@takes_model
 def plan_separate(
     model: nn.Module,
     *,
@@ -65,6 +67,7 @@ def plan_separate(
     return plan_factors(model, wanted, data, layout, seed)
 
 
+@takes_model
 def separate(
     model: nn.Module,
     *,

@@ -21,6 +21,7 @@ from ..structure.variant import record
 from ..structure.widths import groups, uniform
 from ..surgery.elastic import Elastic, make_elastic_
 from ..surgery.exits import ExitsModel
+from ..surgery.modules import takes_model
 from ..surgery.origin import origin, refuse_packed, stamp
 from ..surgery.resize import check_fits
 from ..surgery.trace import analyze
@@ -135,6 +136,7 @@ class Slimmable(Elastic, Adjustable):
         return self._elastic.settings
 
 
+@takes_model
 def slim(
     model: nn.Module,
     widths: Sequence[float] = WIDTHS,

@@ -17,7 +17,7 @@ from ..errors import CompressError
 from ..structure.packed import Packing
 from ..surgery.masks import Masks, apply_, masks_in_force
 from ..surgery.masks import density as density_of
-from ..surgery.modules import copied
+from ..surgery.modules import copied, takes_model
 from ..surgery.origin import stamp_packed
 from ..surgery.patterns import check_pattern, keep_n_of_m, keep_units
 from ..surgery.weights import classifiers, layer_weights, transposed, turned
@@ -60,6 +60,7 @@ class Sparsity:
         return 1 if self.density is None else self.rounds or lookup(self.criterion).rounds
 
 
+@takes_model
 def sparsify(
     model: nn.Module,
     *,

@@ -20,7 +20,7 @@ from ..figures import blank_figure, save_figure
 from ..structure.bank import Choice
 from ..surgery.calibrate import Statistics, calibrated
 from ..surgery.images import LIMIT, fitting
-from ..surgery.modules import evaluating
+from ..surgery.modules import evaluating, takes_model
 from ..surgery.tracer import MODEL_ERRORS
 from .slimmable import Slimmable
 
@@ -92,6 +92,7 @@ class SearchResult:
         save_figure(figure, path)
 
 
+@takes_model
 def search(
     net: Slimmable,
     *,

@@ -22,7 +22,7 @@ from ..errors import CompressError, VariantError
 from ..structure.variant import OPTIONS, Variant
 from ..surgery import factors
 from ..surgery.elastic import Elastic
-from ..surgery.modules import classifiers, refuse_compiled
+from ..surgery.modules import classifiers, takes_model
 from ..surgery.origin import packed_of, variant_of
 from ..surgery.packing import assignments, pack_state
 from ..surgery.restore import present
@@ -31,6 +31,7 @@ from .weights import CONFIG, DIGEST, TIED, WEIGHTS, digest
 _logger = logging.getLogger(__name__)
 
 
+@takes_model
 def save(model: nn.Module, directory: str | Path) -> None:
     """Write a model that timm's factory made, compressed or not, so that timm can create it again.
 
@@ -114,7 +115,6 @@ def _check_saveable(model: nn.Module) -> None:
     what = type(model).__name__
     if not isinstance(model, nn.Module):
         raise CompressError(f"save: expected a model, found {what}")
-    refuse_compiled(model)
     cfg = getattr(model, "pretrained_cfg", None)
     architecture = cfg.get("architecture") if isinstance(cfg, Mapping) else None
     if not isinstance(architecture, str) or not is_model(architecture):

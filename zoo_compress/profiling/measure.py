@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import CompressError
 from ..surgery.images import fitting
-from ..surgery.modules import uncompiled
+from ..surgery.modules import refuse_wrapped, uncompiled
 from ..surgery.trace import analyze
 from .latency import inference, interleaved
 from .memory import activation_memory, weight_memory
@@ -80,6 +80,8 @@ def measure_many(
             raise CompressError(f"measure: expected {name} of at least 1, found {value!r}")
     if batch_size > MAX_BATCH:
         raise CompressError(f"measure: expected a batch_size of at most {MAX_BATCH}, found {batch_size}")
+    for model in models.values():
+        refuse_wrapped(model, compiled=False)
     macs = {name: model.macs() if isinstance(model, Sampled) else analyze(uncompiled(model)).macs() for name, model in models.items()}
     images = {name: _images(model, batch_size) for name, model in models.items()}
     passes = {name: _over(model) for name, model in models.items()}

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import AnalysisError, CompressError, VariantError
 from ..structure.variant import Variant, record
 from .images import fitting
-from .modules import copied, eval_copy, every_output, holders
+from .modules import copied, eval_copy, every_output, holders, takes_model
 from .origin import origin, stamp
 from .trace import analyze, default_input
 from .tracer import MODEL_ERRORS
@@ -50,6 +50,7 @@ class Block:
     direct: bool = True
 
 
+@takes_model
 def residual_blocks(model: nn.Module, example: torch.Tensor | None = None, seed: int = 0) -> tuple[dict[str, Block], dict[str, str]]:
     """The residual blocks of a model.
 
@@ -82,6 +83,7 @@ def residual_blocks(model: nn.Module, example: torch.Tensor | None = None, seed:
     return {path: block for path, block in found.items() if path not in refused}, refused
 
 
+@takes_model
 def remove_blocks(model: nn.Module, paths: Sequence[str]) -> nn.Module:
     """A copy of a model without some of its residual blocks: they give what they are given. It saves and reloads as `<arch>__pruned`.
 

@@ -15,7 +15,7 @@ from ..structure.bank import Choice
 from ..structure.layout import Layout, Widths
 from .elastic import Elastic
 from .images import fitting, image_batches
-from .modules import get_tensor, statistics
+from .modules import get_tensor, statistics, takes_model
 from .resize import picks, reindex
 from .tracer import MODEL_ERRORS
 
@@ -34,6 +34,7 @@ STILL = 1e-4
 def calibrate(model: Module, data: Iterable[object], /) -> Module: ...
 @overload
 def calibrate(model: E, width: float | Mapping[str, int], data: Iterable[object], /) -> E: ...
+@takes_model
 def calibrate(model: Any, *arguments: Any) -> Any:
     """Re-estimate the running statistics of every BatchNorm, in place, as the average over all batches.
 
@@ -144,11 +145,20 @@ def follow_(resized: nn.Module, model: nn.Module, layout: Layout, widths: Widths
 
 
 def estimate(model: nn.Module, images: Sequence[torch.Tensor]) -> Statistics:
-    """The statistics that normalisation layers have on some batches when each normalises by its own. The model is left as it was."""
+    """The statistics that normalisation layers have on some batches when each normalises by its own. The model is left as it was.
+
+    Raises:
+        CompressError: If the statistics are tensors of `torch.inference_mode`, which nothing can change.
+    """
     norms = [model.get_submodule(path) for path in statistics(model)]
     if not norms:
         return {}
     buffers = [(buffer, buffer.clone()) for norm in norms for buffer in norm._buffers.values() if buffer is not None]
+    if any(buffer.is_inference() for buffer, _ in buffers):
+        raise CompressError(
+            f"{type(model).__name__} was made within torch.inference_mode: its statistics cannot be changed. Make or load it outside, or "
+            "pass copy.deepcopy(model), called outside"
+        )
     momenta = [getattr(norm, "momentum", None) for norm in norms]
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

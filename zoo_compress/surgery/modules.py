@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, TypeVar
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from timm.models import FeatureInfo
@@ -19,6 +21,8 @@ from ..errors import CompressError
 Step = str | int
 
 M = TypeVar("M", bound=nn.Module)
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _PATH = re.compile(r"\w+(\[\d+\])*(\.\w+(\[\d+\])*)*", re.ASCII)
 _STEP = re.compile(r"\[(\d+)\]|(\w+)", re.ASCII)
@@ -191,18 +195,46 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else model
 
 
-def refuse_compiled(model: nn.Module) -> None:
-    """Refuse what `torch.compile` gives of a model: it has other names for all that the model has, and its graphs are of the sizes it saw.
+def refuse_wrapped(model: object, *, compiled: bool = True) -> None:
+    """Refuse what torch puts around a model to compile or to distribute it.
+
+    It has other names for all that the model has, and keeps graphs or buckets of the sizes it saw.
+
+    Args:
+        model: What a user passes as a model.
+        compiled: Whether what `torch.compile` gives is refused too.
 
     Raises:
-        CompressError: That.
+        CompressError: The model is inside such a wrapper; the message says where.
     """
-    inner = uncompiled(model)
-    if inner is not model:
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        name = type(model.module).__name__
+        raise CompressError(
+            f"expected the {name} itself, found {type(model).__name__} around it: pass model.module, and wrap what comes of it"
+        )
+    inner = uncompiled(model) if isinstance(model, nn.Module) else model
+    if compiled and inner is not model:
         raise CompressError(
             f"expected the {type(inner).__name__} itself, found what torch.compile made of it; pass the model that was compiled, and "
             "compile what comes of it"
         )
+
+
+def takes_model(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a public function whose first argument is a model.
+
+    It refuses wrappers around the model, and runs in torch's ordinary mode whatever is around the call: tensors made in `inference_mode`
+    could never be trained, and some of what is measured needs gradients.
+    """
+    first = next(iter(inspect.signature(function).parameters))
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        refuse_wrapped(args[0] if args else kwargs.get(first))
+        with torch.inference_mode(False):  # this switches gradients on, too
+            return function(*args, **kwargs)
+
+    return run
 
 
 def copied(model: M, instead: Mapping[int, Any] | None = None) -> M:

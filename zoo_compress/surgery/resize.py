@@ -10,11 +10,12 @@ from ..errors import WidthError
 from ..structure import terms
 from ..structure.layout import Layout, Widths, parse
 from ..structure.variant import record
-from .modules import copied, make_persistent, set_attribute
+from .modules import copied, make_persistent, set_attribute, takes_model
 from .origin import origin, stamp
 from .tracer import named_tensors
 
 
+@takes_model
 def resize(model: nn.Module, layout: Layout, widths: Widths) -> nn.Module:
     """A copy of the model with other widths. The model itself stays as it is.
 

@@ -27,7 +27,7 @@ from .elastic import Elastic
 from .finish import finish
 from .functions import FUNCTIONS
 from .kernels import Kernels
-from .modules import eval_copy, every_output, refuse_compiled
+from .modules import eval_copy, every_output, takes_model
 from .rules import COSTLY, RULES, elementwise
 from .sizes import equalities
 from .tracer import MODEL_ERRORS, Tracer, named_tensors
@@ -35,6 +35,7 @@ from .tracer import MODEL_ERRORS, Tracer, named_tensors
 BATCH = 2  # a batch of one could be mistaken for a dimension to broadcast
 
 
+@takes_model
 def analyze(model: nn.Module, example_input: torch.Tensor | None = None) -> Layout:
     """Infer the layout of a model: every dimension of every parameter and buffer in named axes.
 
@@ -54,7 +55,6 @@ def analyze(model: nn.Module, example_input: torch.Tensor | None = None) -> Layo
     """
     if not isinstance(model, nn.Module):
         raise AnalysisError(f"analyze: expected a torch.nn.Module, found {type(model).__name__}")
-    refuse_compiled(model)
     if isinstance(model, Elastic):
         raise AnalysisError(f"analyze: {type(model).__name__} runs at several widths; its layout is net.layout, or export one of them")
     example = example_input if example_input is not None else default_input(model)

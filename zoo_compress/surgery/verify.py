@@ -17,7 +17,7 @@ from ..structure.layout import Layout, Widths, parse
 from ..structure.widths import groups
 from .calibrate import estimate
 from .images import fitting
-from .modules import clear_caches, copied, every_output
+from .modules import clear_caches, copied, every_output, takes_model
 from .resize import check_fits, permuted_copy, picks, resize
 from .trace import analyze, default_input
 from .tracer import MODEL_ERRORS, named_tensors
@@ -45,6 +45,7 @@ class Verification:
     resized_macs: int
 
 
+@takes_model
 def verify(model: nn.Module, layout: Layout, example_input: torch.Tensor | None = None, seed: int = 0) -> Verification:
     """Prove a layout on its model.
 

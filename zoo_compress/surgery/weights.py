@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from ..errors import CompressError
 from .elastic import Elastic
-from .modules import refuse_compiled
+from .modules import refuse_wrapped
 
 
 def layer_weights(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, nn.Parameter]:
@@ -28,7 +28,7 @@ def layer_weights(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, nn
     """
     if not isinstance(model, nn.Module):
         raise CompressError(f"expected a model, found {type(model).__name__}")
-    refuse_compiled(model)
+    refuse_wrapped(model)
     if isinstance(model, Elastic):
         raise CompressError(f"expected a network of one width, found {type(model).__name__} of several; use what its export() gives")
     found: dict[str, nn.Parameter] = {}
