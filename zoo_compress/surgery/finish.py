@@ -29,6 +29,7 @@ def finish(model: nn.Module, tracer: Tracer, dims: dict[str, list[Term]], attrib
     describe_blocks(model, dims, attributes)
     for variable in attributes.values():
         _give_hint(variable)
+    tracer.settle_numbers()
     _settle_links(tracer, dims)
     names = _names(dims, tracer)
 
@@ -40,7 +41,7 @@ def finish(model: nn.Module, tracer: Tracer, dims: dict[str, list[Term]], attrib
         params={name: tuple(written(term) for term in terms) for name, terms in dims.items()},
         axes={name: Axis(v.size, v.frozen, v.ordered) for v, name in names.items()},
         attributes={path: written(variable) for path, variable in moving.items()},
-        scales={path: written(term) for path, term in tracer.scales.items() if any(v in names for v in u.variables(term))},
+        scales={path: written(term) for path, term in tracer.scales.found.items() if any(v in names for v in u.variables(term))},
         links=tuple(dict.fromkeys((written(a), written(b)) for a, b in tracer.links)),
         macs_terms=tuple(Counter(map(written, tracer.costs)).items()),
         fused_macs_terms=tuple(Counter(map(written, tracer.fused_costs)).items()),

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ..structure import unify as u
 from ..structure.terms import Term, concat, product
 from .rules import attention
-from .sizes import Size
+from .sizes import Computed, Size
 from .tracer import Tracer
 
 Handler = Callable[..., Any]
@@ -72,11 +72,24 @@ def _unflatten(t: Tracer, function: Any, tensor: torch.Tensor, dim: int, sizes: 
     return out
 
 
-@handles(torch.Tensor.expand)
-def _expand(t: Tracer, function: Any, tensor: torch.Tensor, *sizes: Any) -> torch.Tensor:
-    before = [1] * (len(_flat(sizes)) - tensor.ndim) + [int(n) for n in tensor.shape]
-    out = function(tensor, *sizes)
-    for size, term, old in zip(_flat(sizes), t.dims(out), before, strict=True):
+@handles(torch.Tensor.__len__)
+def _len(t: Tracer, function: Any, tensor: torch.Tensor) -> int:
+    t.keep(t.dims(tensor)[:1], "the model's code asks for it with len(), whose answer cannot be followed; read shape[0]")
+    return function(tensor)
+
+
+@handles(torch.Tensor.stride, torch.Tensor.nbytes.__get__)  # type: ignore[attr-defined]
+def _memory(t: Tracer, function: Any, tensor: torch.Tensor, *args: Any) -> Any:
+    t.keep(t.dims(tensor), "the model's code asks how the tensor lies in memory")
+    return function(tensor, *args)
+
+
+@handles(torch.Tensor.expand, torch.Tensor.broadcast_to, torch.broadcast_to)
+def _expand(t: Tracer, function: Any, tensor: torch.Tensor, *sizes: Any, **named: Any) -> torch.Tensor:
+    out = function(tensor, *sizes, **named)
+    given = _flat(sizes) if sizes else list(named.get("size", ()))
+    before = [1] * (len(given) - tensor.ndim) + [int(n) for n in tensor.shape]
+    for size, term, old in zip(given, t.dims(out), before, strict=True):
         if old == 1 and size != 1:
             t.adopt(size, term)
         else:
@@ -179,15 +192,17 @@ def _bounds(t: Tracer, term: Term, size: int, start: Any, stop: Any) -> None:
     if isinstance(u.resolve(term), int) or low >= high:
         return
     if (low, high) == (0, size):
-        if isinstance(stop, Size) and stop == size:
+        if isinstance(stop, (Size, Computed)) and stop == size:
             t.meet(stop, term)
         return
     with t.sizes_known():
         before, inside, after = t.slices(term, [low, high - low, size - high])
     if start is not None:
         t.meet(start, before) if start >= 0 else t.meet(-start, concat(inside, after))
+        t.account(start)
     if stop is not None and high < size:
         t.meet(stop, concat(before, inside)) if stop >= 0 else t.meet(-stop, after)
+        t.account(stop)
 
 
 @handles(torch.zeros, torch.ones, torch.empty, torch.rand, torch.randn, torch.full)
@@ -269,10 +284,6 @@ def _attention(
         out = function(query, key, value, **named)
     t.operation = "attention"
     t.set(out, attention(t, query, key, value, attn_mask))
-    if scale is None and t.modules:
-        width = t.dims(query)[-1]
-        path, module = t.modules[-1]
-        for name, found in vars(module).items():
-            if isinstance(found, float) and abs(found - u.size_of(width) ** -0.5) < 1e-9:
-                t.scales[f"{path}.{name}" if path else name] = width
+    t.scales.attends(query, t.dims(query)[-1], scale, t.modules[-1] if t.modules else None)
+    t.account(scale)
     return out

@@ -11,7 +11,7 @@ from torch import nn
 from ..structure import unify as u
 from ..structure.terms import Term, product
 from ..structure.unify import Variable
-from .sizes import Size
+from .sizes import Setting, Size
 from .tracer import MODEL_ERRORS, Tracer
 
 Attributes = dict[str, Variable]
@@ -19,16 +19,23 @@ Attributes = dict[str, Variable]
 
 
 def tag_attributes(model: nn.Module) -> Attributes:
-    """Replace every plain `int` above 1 on every module (and in its tuples and lists) by a `Size` that remembers where it came from."""
+    """Replace every plain `int` above 1 on every module (and in its tuples and lists) by a `Size` that remembers where it came from, and
+    every `float` by a `Setting`."""
     found: Attributes = {}
 
     def tag(value: Any, path: str) -> Any:
+        if type(value) is float:
+            setting = Setting(value)
+            setting.path = path
+            return setting
         if type(value) is not int or value < 2:
             return value
         found[path] = Variable(value, attribute=path)
         return Size(value, found[path])
 
     for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue  # what it reads is compiled into it
         prefix = f"{path}." if path else ""
         for name, value in list(vars(module).items()):
             if type(value) in (tuple, list):

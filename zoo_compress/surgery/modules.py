@@ -248,7 +248,13 @@ def copied(model: M, instead: Mapping[int, Any] | None = None) -> M:
         instead: By `id`, what takes the place of some of its tensors.
     """
     clear_caches(model)
-    return copy.deepcopy(model, {**_copied_dictionaries(model), **(instead or {})})
+    with torch.no_grad():
+        clone = copy.deepcopy(model, {**_copied_dictionaries(model), **(instead or {})})
+    for module, twin in zip(model.modules(), clone.modules(), strict=True):
+        if isinstance(module, torch.jit.ScriptModule):  # whose copies are operations on its tensors
+            for ours, theirs in zip(module.parameters(), twin.parameters(), strict=True):
+                theirs.requires_grad_(ours.requires_grad)
+    return clone
 
 
 def _copied_dictionaries(model: nn.Module) -> dict[int, Any]:

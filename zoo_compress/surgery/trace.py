@@ -6,6 +6,7 @@ import gc
 import inspect
 import itertools
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
@@ -29,7 +30,8 @@ from .functions import FUNCTIONS
 from .kernels import Kernels
 from .modules import eval_copy, every_output, takes_model
 from .rules import COSTLY, RULES, elementwise
-from .sizes import equalities
+from .scales import ARITHMETIC
+from .sizes import Computed, Number, Size, UnhashableError, heard_by, origins, plain
 from .tracer import MODEL_ERRORS, Tracer, named_tensors
 
 BATCH = 2  # a batch of one could be mistaken for a dimension to broadcast
@@ -114,18 +116,59 @@ def _analyze(model: nn.Module, example: torch.Tensor, device: str) -> Layout:
             both = zip(tracer.shared_costs, more.shared_costs, strict=True)
             once = [term for term, twin in both if u.size_of(term) == u.size_of(twin)]
             tracer.costs += once * (len(example) - 1)
+    _try_scales(tracer, model, example, device)
     return finish(model, tracer, dims, attributes, input_shape=tuple(map(int, example.shape)))
+
+
+def _try_scales(tracer: Tracer, model: nn.Module, example: torch.Tensor, device: str) -> None:
+    """Find out which float attributes that a fused attention leaves unused are not its scale, though they have its value: run the model
+    again with each of the switches of these modules the other way. One may choose between the fused function and scaling by hand, and a
+    rate of dropout is used in training."""
+    inside = {module for module, _ in tracer.scales.unused().values()}
+    named = dict(model.named_modules())
+    switches = {name for path in inside for name, value in vars(named[path]).items() if isinstance(value, bool)}
+    undecided = set(tracer.scales.unused())
+    for name in sorted(switches, key=lambda name: (name == "training", name)):
+        if not undecided:
+            return
+        try:
+            other, _, _ = run_traced(model, example, device, lambda tracer, clone, image, name=name: _turned(clone, inside, name))  # type: ignore[misc]
+        except MODEL_ERRORS:
+            continue  # not a switch that this model can turn
+        other.scales.settle(other)
+        used = undecided - other.scales.unused().keys()
+        tracer.scales.disproven |= used - other.scales.found.keys()
+        undecided -= used
+
+
+@contextmanager
+def _turned(clone: nn.Module, inside: Iterable[str], name: str) -> Iterator[None]:
+    """Turn a switch of some modules of a copy that runs once."""
+    for path in inside:
+        values = vars(clone.get_submodule(path))
+        if name in values:
+            values[name] = not values[name]
+    yield
 
 
 Watch = Callable[[Tracer, nn.Module, torch.Tensor], AbstractContextManager[Any]]
 """What else to look at while a copy of a model runs on an image."""
 
 
-def run_traced(
-    model: nn.Module, example: torch.Tensor, device: str, watch: Watch | None = None
-) -> tuple[Tracer, dict[str, list[Term]], metadata.Attributes]:
+Traced = tuple[Tracer, dict[str, list[Term]], metadata.Attributes]
+
+
+def run_traced(model: nn.Module, example: torch.Tensor, device: str, watch: Watch | None = None) -> Traced:
     """Run a copy of a model and infer the terms of its tensors' dimensions and of its attributes."""
-    tracer = Tracer()
+    try:
+        return _run_traced(Tracer(), model, example, device, watch)
+    except UnhashableError:
+        tracer = Tracer()
+        tracer.hashable = True
+        return _run_traced(tracer, model, example, device, watch)
+
+
+def _run_traced(tracer: Tracer, model: nn.Module, example: torch.Tensor, device: str, watch: Watch | None) -> Traced:
     clone = eval_copy(model, device)
     tensors = dict(named_tensors(clone))
     dims: dict[str, list[Term]] = {name: [Variable(n) if n > 1 else 1 for n in tensor.shape] for name, tensor in tensors.items()}
@@ -189,8 +232,10 @@ def _traced(tracer: Tracer, model: nn.Module) -> Iterator[None]:
 
     handles = []
     for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue  # takes no hooks
         handles += [module.register_forward_pre_hook(enter(path)), module.register_forward_hook(leave)]
-    with _Operations(tracer), _Functions(tracer), equalities(tracer.equal):
+    with _Operations(tracer), _Functions(tracer), heard_by(tracer):
         yield
     for handle in handles:
         handle.remove()
@@ -204,19 +249,59 @@ class _Functions(TorchFunctionMode):
         self.tracer = tracer
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # What torch compares inside a function is its own business.
-        with equalities(None):
-            return self._call(func, args, kwargs or {})
+        # What torch computes inside a function is its own business.
+        tracer = self.tracer
+        kept = tracer.stated, tracer.accounted
+        tracer.stated, tracer.accounted = [], Counter()
+        tracer.running += 1
+        try:
+            with heard_by(None):
+                return self._call(func, args, kwargs or {})
+        finally:
+            tracer.running -= 1
+            tracer.stated, tracer.accounted = kept
 
     def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
-        handler = None if self.tracer.quiet else FUNCTIONS.get(func)
-        self.tracer.operation = getattr(func, "__name__", str(func))
-        if handler is not None and _takes(handler, self.tracer, func, *args, **kwargs):
-            return handler(self.tracer, func, *args, **kwargs)
-        born = len(self.tracer.born)
-        out = func(*args, **kwargs)
-        self.tracer.settle(born)
+        tracer = self.tracer
+        handler = None if tracer.quiet else FUNCTIONS.get(func)
+        name = tracer.operation = _name(func)
+        products = len(tracer.scales.products)
+        given = list(_leaves((args, kwargs)))
+        if handler is not None and _takes(handler, tracer, func, *args, **kwargs):
+            out = handler(tracer, func, *args, **kwargs)
+        else:
+            born = len(tracer.born)
+            tracer.stated = [number for number in given if type(number) is int]
+            out = func(*args, **kwargs)
+            tracer.settle(born)
+        if not tracer.quiet:
+            numbers = [number for number in given if isinstance(number, (Size, Computed)) and not self._accounted(number)]
+            computed = [number for number in numbers if isinstance(number, Computed)]
+            tensors = [leaf for leaf in given if isinstance(leaf, torch.Tensor)]
+            for number in numbers:
+                if isinstance(number, Size):
+                    self._hand_over(number, name, [] if handler or name in ARITHMETIC else tensors)
+            tracer.scales.follow(name, computed, tensors, out, products)
         return out
+
+    def _hand_over(self, number: Size, name: str, tensors: list[torch.Tensor]) -> None:
+        """Keep the sizes behind a number that a function was given, and dimensions that may be what it speaks of."""
+        reason = f"{name} is given it as a number"
+        self.tracer.keep(origins(number), reason)
+        for tensor in tensors:
+            if plain(number) >= tensor.ndim:  # else it may be the number of a dimension
+                self.tracer.keep([term for term in self.tracer.dims(tensor) if u.size_of(term) == plain(number)], reason)
+
+    def _accounted(self, number: Number) -> bool:
+        known = self.tracer.accounted[id(number)]
+        self.tracer.accounted[id(number)] -= 1
+        return known > 0
+
+
+def _name(function: Any) -> str:
+    """Name of a torch function; of a property, with the class it belongs to."""
+    name = getattr(function, "__name__", str(function))
+    return f"Tensor.{getattr(function.__self__, '__name__', '')}" if name == "__get__" else name
 
 
 def _takes(handler: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
@@ -240,6 +325,31 @@ def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
             yield from _tensors(value)
 
 
+def _leaves(value: Any) -> Iterator[Any]:
+    """Numbers and tensors among a function's arguments, and in what holds several of them."""
+    if isinstance(value, (int, float, torch.Tensor)):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _leaves(item)
+    elif isinstance(value, dict):
+        yield from _leaves(tuple(value.values()))
+    elif isinstance(value, slice):
+        yield from _leaves((value.start, value.stop, value.step))
+
+
+def _within(sizes: list[int], stated: list[int]) -> bool:
+    """Whether numbers that a function was given are the sizes of a tensor, in order, with -1 for any."""
+    windows = (stated[i : i + len(sizes)] for i in range(len(stated) - len(sizes) + 1))
+    return any(all(number in (-1, size) for number, size in zip(window, sizes, strict=True)) for window in windows)
+
+
+_SHAPING = {"view", "_unsafe_view", "reshape", "_reshape_alias", "expand", "as_strided", "as_strided_"}
+"""Operations that are told the sizes of their result."""
+_NUMBERLESS = {"detach", "alias", "lift_fresh", "view_as"}
+"""Operations that code may get to without a torch function and that neither read nor write a size."""
+
+
 class _Operations(TorchDispatchMode):
     """Sees every ATen operation and applies its rule."""
 
@@ -253,7 +363,8 @@ class _Operations(TorchDispatchMode):
         tracer = self.tracer
         tensors = list(_tensors((*args, *kwargs.values())))
         tracer.seen.update(map(id, tensors))
-        out = self.kernels(func, args, kwargs)
+        with nullcontext() if tracer.running else torch._C.DisableTorchFunction():
+            out = self.kernels(func, args, kwargs)
         from_image = any(map(tracer.is_image, tensors))
         if from_image:
             for tensor in _tensors([out]):
@@ -261,6 +372,7 @@ class _Operations(TorchDispatchMode):
         if not tracer.quiet:
             before = len(tracer.costs)
             self._apply(func, args, kwargs, tensors, out)
+            self._numbers(func._schema.name.partition("::")[2], tensors, out)
             if not from_image:
                 tracer.shared_costs += tracer.costs[before:]
         return out
@@ -282,6 +394,19 @@ class _Operations(TorchDispatchMode):
             why = "has no rule" if isinstance(error, NotImplementedError) else f"has no rule for this use ({error})"
             if tracer.freeze_all((tensors, out), f"{tracer.where} {why}"):
                 tracer.unknown[f"aten.{name}"] += 1
+
+    def _numbers(self, name: str, tensors: list[torch.Tensor], out: Any) -> None:
+        """Keep the sizes that an operation was told as plain numbers."""
+        tracer = self.tracer
+        if not tracer.running and name not in _NUMBERLESS:
+            inside = f"{tracer.where} runs in TorchScript, or in another extension, where sizes are numbers that cannot be followed"
+            tracer.freeze_all((tensors, out), inside)
+        elif name in _SHAPING and _within(list(out.shape), tracer.stated):
+            for size, term in zip(out.shape, tracer.dims(out), strict=True):
+                if size in tracer.stated:
+                    u.fix(term, f"{tracer.where} writes its size as the number {size}")
+        elif name in ("bmm", "baddbmm") and all(map(tracer.is_image, tensors[-2:])):
+            tracer.scales.products.append(tracer.dims(tensors[-1])[-2])
 
     def _terms(self, func: Any, rule: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor], out: Any) -> Any:
         if rule is not None:

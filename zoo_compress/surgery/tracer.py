@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 from ..structure import unify as u
 from ..structure.terms import Term, concat, factors, product
 from ..structure.unify import Variable
-from .sizes import Size
+from .scales import Scales, Use
+from .sizes import Computed, Setting, Size, origins, sides
 
 MODEL_ERRORS = (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, AssertionError, KeyError, IndexError)
 """What a model may raise when it is called in a way it does not take."""
@@ -27,7 +28,7 @@ class Tracer:
         costs: One term per convolution or matrix product, whose size is its number of multiply-accumulates for the whole batch.
         fused_costs: The same for the two products inside `scaled_dot_product_attention`.
         shared_costs: Those of `costs` whose operands do not come from the image: relative positions put through an MLP, latent queries.
-        scales: Float attribute → the head width whose inverse square root it holds.
+        scales: What numbers scaled, and which attributes are attention's own scale.
         mixed: Dimensions along which elements influence each other.
         unknown: Operations that no rule knew and that froze an axis.
         modules: Stack of (path, module) being run.
@@ -35,6 +36,10 @@ class Tracer:
         seen: Identities of the tensors that operations have met.
         kernel_sides: Dimensions of convolution kernels that lie along the image; their sizes have nothing to do with the input's.
         groups: The number of groups of the latest grouped operation, for the function rule that knows where the number came from.
+        hashable: Whether numbers computed from sizes may be keys. What a cache gives for one depends on what ran before, so at first not.
+        running: How many torch functions that the model called are running, one within the other.
+        stated: The plain numbers that the running function was given, if it has no handler.
+        accounted: Identity of a number that a function was given → how often its handler knew what it means.
     """
 
     def __init__(self) -> None:
@@ -42,7 +47,7 @@ class Tracer:
         self.costs: list[Term] = []
         self.fused_costs: list[Term] = []
         self.shared_costs: list[Term] = []
-        self.scales: dict[str, Term] = {}
+        self.scales = Scales()
         self.mixed: list[Term] = []
         self.outputs: list[list[Term]] = []
         self.unknown: Counter[str] = Counter()
@@ -53,6 +58,11 @@ class Tracer:
         self.quiet = False
         self.born: list[Variable] = []
         self.kernel_sides: set[Variable] = set()
+        self.hashable = False
+        self.running = 0
+        self.stated: list[int] = []
+        self.accounted: Counter[int] = Counter()
+        self._kept: dict[Any, tuple[tuple[Term, ...], str, Callable[[], bool] | None]] = {}
         self._sizes_known = False
 
     @property
@@ -159,15 +169,48 @@ class Tracer:
     def meet(self, size: int, term: Term) -> None:
         """The code says that a dimension `term` has this size; remember where the number came from."""
         term = u.resolve(term)
+        self.account(size)
         if isinstance(size, Size):
             less, over = u.resolve(size.less), u.resolve(size.over)
             self.link(u.resolve(size.term), concat(product(over, term), less))
+        elif isinstance(size, Computed):
+            self.keep((term, *origins(size)), f"{self.operation} cuts or shapes it by a number that the model's code computes")
         elif size != -1:
             u.fix(term, f"{self.where} writes its size as the number {int(size)}")
 
+    def account(self, number: Any) -> None:
+        """The handler of the running function knows what one of the numbers means that the function was given."""
+        self.accounted[id(number)] += 1
+
     def equal(self, a: Size, b: Size) -> None:
         """The model's own code has found two sizes equal, and goes on as it does because they are."""
-        self.link(concat(product(a.term, b.over), product(b.less, a.over)), concat(product(b.term, a.over), product(a.less, b.over)))
+        self.link(*sides(a, b))
+
+    def combine(self, setting: Setting) -> None:
+        """A module's float attribute goes into arithmetic, where it cannot be followed."""
+        self.scales.uses.append(Use(setting))
+
+    def keep(self, terms: Sequence[Term], reason: str, unless: Callable[[], bool] | None = None) -> None:
+        """Sizes may not change, because of what became of numbers computed from them.
+
+        Args:
+            terms: The sizes.
+            reason: In words a user can read.
+            unless: What is asked when all is known; if it holds, the sizes may change after all.
+        """
+        varying = tuple(term for term in terms if not isinstance(term, int))
+        if varying and not self.quiet:
+            path = self.modules[-1][0] if self.modules else ""
+            key = (varying, reason) if unless is None else object()
+            self._kept.setdefault(key, (varying, f"{path}: {reason}" if path else reason, unless))
+
+    def settle_numbers(self) -> None:
+        """Freeze the sizes that have to be kept. Call this when the terms of all attributes are known."""
+        self.scales.settle(self)
+        for terms, reason, unless in self._kept.values():
+            if any(map(u.is_free, terms)) and not (unless is not None and unless()):
+                for term in terms:
+                    u.freeze(term, reason)
 
     def link(self, a: Term, b: Term) -> None:
         """Two sizes are equal. An attribute not seen before simply is the other side; what holds by itself is not kept."""
@@ -177,6 +220,8 @@ class Tracer:
         if a == b:
             return
         if isinstance(a, Variable) and _unknown_attribute(a):
+            if a.frozen is not None:
+                u.freeze(b, a.frozen)
             a.bound = b
         else:
             self.links.append((a, b))
@@ -188,6 +233,7 @@ class Tracer:
             found = u.resolve(size.term)
             if not (isinstance(found, Variable) and found.attribute is not None):
                 variable.bound = found
+                self.account(size)
                 return
         self.meet(size, variable)
 

@@ -1,0 +1,99 @@
+"""The scale of an attention follows its head width, however it is applied; other numbers of that value do not."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import zoo_compress as zc
+
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+class Attention(nn.Module):
+    def __init__(self, style, dim=64, heads=4):
+        super().__init__()
+        self.style, self.heads, self.width = style, heads, dim // heads
+        self.scale, self.by_hand = self.width**-0.5, False
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, self.width).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.proj(STYLES[self.style](self, q, k, v).transpose(1, 2).reshape(b, n, -1))
+
+
+def switched(self, q, k, v):
+    return ((q * self.scale) @ k.mT).softmax(-1) @ v if self.by_hand else F.scaled_dot_product_attention(q, k, v)
+
+
+STYLES = {
+    "fused": lambda self, q, k, v: F.scaled_dot_product_attention(q, k, v),
+    "given": lambda self, q, k, v: F.scaled_dot_product_attention(q, k, v, scale=self.scale),
+    "query": lambda self, q, k, v: ((q * self.scale) @ k.transpose(-1, -2)).softmax(-1) @ v,
+    "product": lambda self, q, k, v: ((q @ k.transpose(-1, -2)) * self.scale).softmax(-1) @ v,
+    "in place": lambda self, q, k, v: (q @ k.transpose(-1, -2)).mul_(self.scale).softmax(-1) @ v,
+    "einsum": lambda self, q, k, v: (torch.einsum("bhid,bhjd->bhij", q, k) * self.scale).softmax(-1) @ v,
+    "switched": switched,
+    "key": lambda self, q, k, v: (q @ (k * self.scale).mT).softmax(-1) @ v,
+    "dropped": lambda self, q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=self.scale if self.training else 0.0),
+    "gain": lambda self, q, k, v: F.scaled_dot_product_attention(q, k, v) * self.scale,
+    "both": lambda self, q, k, v: ((q * self.scale) @ k.mT).softmax(-1) @ (v * self.scale),
+    "recomputed": lambda self, q, k, v: ((q @ k.mT) * q.shape[-1] ** -0.5).softmax(-1) @ v,
+    "divided": lambda self, q, k, v: ((q @ k.mT) / self.width**0.5).softmax(-1) @ v,
+    "values": lambda self, q, k, v: (q @ k.mT).softmax(-1) @ v * q.shape[-1] ** -0.5,
+    "other power": lambda self, q, k, v: ((q @ k.mT) * q.shape[-1] ** -1).softmax(-1) @ v,
+}
+
+
+class Net(nn.Module):
+    def __init__(self, style):
+        super().__init__()
+        self.patches, self.attn, self.fc = nn.Conv2d(3, 64, 8, 8), Attention(style), nn.Linear(64, 10)
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        return self.fc((x + self.attn(x)).mean(1))
+
+
+def head_width(layout):
+    return layout.axes[layout.params["attn.qkv.weight"][0].split()[2]]
+
+
+@pytest.mark.parametrize("style", ["fused", "given", "query", "product", "in place", "einsum", "key", "switched"])
+def test_an_attribute_that_scales_queries_times_keys_follows(style):
+    layout = zc.analyze(Net(style).eval(), IMAGES)
+    assert head_width(layout).frozen is None
+    assert layout.scales == {"attn.scale": layout.params["attn.qkv.weight"][0].split()[2]}
+
+
+@pytest.mark.parametrize("style", ["dropped", "gain"])
+def test_an_attribute_that_equals_the_scale_by_chance_is_left_alone(style):
+    layout = zc.analyze(Net(style).eval(), IMAGES)
+    assert head_width(layout).frozen is None
+    assert not layout.scales
+
+
+def test_an_attribute_that_is_the_scale_and_something_else_keeps_the_width():
+    layout = zc.analyze(Net("both").eval(), IMAGES)
+    assert "something else" in head_width(layout).frozen
+
+
+@pytest.mark.parametrize(("style", "free"), [("recomputed", True), ("divided", True), ("values", False), ("other power", False)])
+def test_a_scale_computed_from_the_width_is_attentions_or_keeps_it(style, free):
+    model = Net(style).eval()
+    layout = zc.analyze(model, IMAGES)
+    assert (head_width(layout).frozen is None) == free
+    zc.verify(model, layout, IMAGES)
+
+
+def test_the_scale_survives_a_switch_to_the_other_way():
+    """A pruned model computes the same fused and by hand."""
+    torch.manual_seed(0)
+    model = Net("switched").eval()
+    model.attn.qkv.weight.data.mul_(8)
+    small = zc.prune(model, macs=0.4, layout=zc.analyze(model, IMAGES)).eval()
+    with torch.no_grad():
+        fused = small(IMAGES)
+        small.attn.by_hand = True
+        torch.testing.assert_close(small(IMAGES), fused)
