@@ -209,3 +209,50 @@ def timm_copy(model):
     other = timm.create_model("levit_128s", num_classes=10)
     other.load_state_dict(model.state_dict())
     return other
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_convnext"])
+def test_the_memory_format_survives(name):
+    model = timm.create_model(name, num_classes=10).eval().to(memory_format=torch.channels_last)
+    small = zc.prune(model, macs=0.6)
+    wide = [p for p in small.parameters() if p.ndim == 4 and p.shape[1] > 1 and p[0, 0].numel() > 1]
+    assert wide
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in wide)
+    plain = zc.prune(timm.create_model(name, num_classes=10), macs=0.6)
+    assert all(p.is_contiguous() for p in plain.parameters())
+
+
+class _Around(torch.nn.Module):
+    """Hands on what its inner model says of itself, computed anew whenever it is asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.head = timm.create_model("test_resnet", num_classes=0), torch.nn.Linear(96, 10)
+
+    def forward(self, x):
+        return self.head(self.encoder(x))
+
+
+class _ByProperty(_Around):
+    @property
+    def feature_info(self):
+        return self.encoder.feature_info
+
+
+class _ByLookup(_Around):
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("encoder"), name)
+
+
+@pytest.mark.parametrize("kind", [_ByProperty, _ByLookup])
+def test_what_an_inner_model_says_of_itself_may_be_handed_on(kind):
+    model, image = kind().eval(), torch.randn(2, 3, 64, 64)
+    small = zc.prune(model, macs=0.5, layout=zc.analyze(model, image))
+    with torch.no_grad():
+        assert small(image).shape == (2, 10)
+        maps = small.encoder.forward_intermediates(image, intermediates_only=True)
+    assert [m.shape[1] for m in maps] == [entry["num_chs"] for entry in small.encoder.feature_info]
+    assert [entry["num_chs"] for entry in small.feature_info] == [m.shape[1] for m in maps]

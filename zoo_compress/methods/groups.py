@@ -55,7 +55,8 @@ class GroupsConfig(SelectionConfig):
         handles, start = [], 0
         for grouped in groups_of(net, analyze(net)):
             for path, places in grouped.readers.items():
-                handles.append(net.get_submodule(path).register_forward_pre_hook(partial(_scale, factors, start, places)))
+                scale = partial(_scale, factors, start, places)
+                handles.append(net.get_submodule(path).register_forward_pre_hook(scale, with_kwargs=True))
             start += grouped.size
         return handles
 
@@ -72,9 +73,15 @@ class GroupsConfig(SelectionConfig):
         return resize(net, layout, kept)
 
 
-def _scale(factors: Factors, start: int, places: np.ndarray, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    given, *rest = args
-    return given * _of_inputs(factors(module)[start:], places, module), *rest
+def _scale(
+    factors: Factors, start: int, places: np.ndarray, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Scale the first argument of a call, by position or by keyword."""
+    own = _of_inputs(factors(module)[start:], places, module)
+    if args:
+        return (args[0] * own, *args[1:]), kwargs
+    name, given = next(iter(kwargs.items()))
+    return args, {**kwargs, name: given * own}
 
 
 def _of_inputs(factors: Tensor, places: np.ndarray, layer: Any) -> Tensor:

@@ -176,12 +176,13 @@ class _Additions(TorchDispatchMode):
     def watch(self, model: nn.Module) -> None:
         for path, module in model.named_modules():
             if path:
-                module.register_forward_pre_hook(self._enter(path))
+                module.register_forward_pre_hook(self._enter(path), with_kwargs=True)
                 module.register_forward_hook(self._leave(path))
 
     def _enter(self, path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            first = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = _first(args, kwargs)
+            first = given if isinstance(given, torch.Tensor) else None
             self.frames.append(_Frame(path, torch.Size() if first is None else first.shape, set() if first is None else {self._key(first)}))
 
         return hook
@@ -227,6 +228,11 @@ class _Additions(TorchDispatchMode):
         return out
 
 
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The first argument of a call, by position or by keyword."""
+    return next(iter((*args, *kwargs.values())), None)
+
+
 def _adding(model: nn.Module, example: torch.Tensor) -> dict[str, Block]:
     """The innermost modules that add to their input and run once."""
     failure: Exception | None = None
@@ -261,19 +267,19 @@ def _not_linear(model: nn.Module, blocks: dict[str, Block], image: torch.Tensor)
     clone = eval_copy(model, "cpu").requires_grad_(False)
 
     def hook(path: str, end: str) -> Value:
-        def compare(module: nn.Module, args: Any, out: Any) -> None:
+        def compare(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
             twice = copy.deepcopy(module)
             twice._forward_hooks.clear()
             for parameter in twice.parameters():
                 parameter.mul_(2)
-            if _far(twice(*args), 2 * out):
+            if _far(twice(*args, **kwargs), 2 * out):
                 refused[path] = f"what {end} ({type(module).__name__}) adds does not scale with its weights"
 
         return compare
 
     for path, block in blocks.items():
         for end in block.ends:
-            clone.get_submodule(end).register_forward_hook(hook(path, end))
+            clone.get_submodule(end).register_forward_hook(hook(path, end), with_kwargs=True)
     _run(clone, image)
     return refused
 
@@ -285,8 +291,8 @@ def _not_identity(model: nn.Module, blocks: dict[str, Block], image: torch.Tenso
     clone = eval_copy(model, "cpu").requires_grad_(False)
 
     def enter(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any) -> None:
-            given[path] = args[0].clone()
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            given[path] = _first(args, kwargs).clone()
 
         return hook
 
@@ -300,7 +306,7 @@ def _not_identity(model: nn.Module, blocks: dict[str, Block], image: torch.Tenso
     for path, block in blocks.items():
         for end in block.ends:
             clone.get_submodule(end).register_forward_hook(lambda module, args, out: torch.zeros_like(out))
-        clone.get_submodule(path).register_forward_pre_hook(enter(path))
+        clone.get_submodule(path).register_forward_pre_hook(enter(path), with_kwargs=True)
         clone.get_submodule(path).register_forward_hook(leave(path))
     _run(clone, image)
     return refused
@@ -343,4 +349,4 @@ def _added(module: nn.Module, block: Block, end: str, scale: int, args: Any, kwa
     for each in block.ends:
         factor = scale if each == end else 0
         twin.get_submodule(each.removeprefix(f"{block.path}.")).register_forward_hook(lambda module, args, out, factor=factor: out * factor)
-    return twin(*args, **kwargs) - args[0]
+    return twin(*args, **kwargs) - _first(args, kwargs)

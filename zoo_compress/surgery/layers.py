@@ -162,7 +162,7 @@ class _Watch(TorchFunctionMode):
     def _leave(self, layer: DenseLayer) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: torch.Tensor) -> None:
             self._active.pop()
-            given = args[0] if args else next(iter(kwargs.values()))
+            given = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
             layer.calls.append((tuple(given.shape), tuple(out.shape)))
 
         return hook

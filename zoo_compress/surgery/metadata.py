@@ -11,6 +11,7 @@ from torch import nn
 from ..structure import unify as u
 from ..structure.terms import Term, product
 from ..structure.unify import Variable
+from .modules import own
 from .sizes import Setting, Size
 from .tracer import MODEL_ERRORS, Tracer
 
@@ -127,7 +128,7 @@ class Spy:
     def _reset_classifier(self, dims: dict[str, list[Term]], output: Any) -> None:
         """Ask the model for a new classifier: the sizes it is built with are the attributes that a user's call will read."""
         reset: Any = getattr(self.model, "reset_classifier", None)
-        classes = getattr(self.model, "num_classes", None)
+        classes = own(self.model, "num_classes")
         if not callable(reset) or not isinstance(classes, int):
             return
         features = self.tracer.dims(output) if classes < 1 and isinstance(output, torch.Tensor) and output.ndim in (2, 3) else None
@@ -223,18 +224,19 @@ def _standard(path: str, module: nn.Module, dims: dict[str, list[Term]], attribu
 def feature_modules(model: nn.Module, prefix: str = "") -> list[tuple[str | None, int]]:
     """What timm's `feature_info` says: for each entry the path of the module it names, `None` where there is none, and its channels.
 
-    A model around another may pass on the other's `feature_info`, whose names then begin there.
+    A model around another may pass on the other's `feature_info`, whose names then begin there. What it computes or looks up whenever it
+    is asked, by a property or `__getattr__`, is not its own.
 
     Args:
         model: A model, or a part of one that has a `feature_info` of its own.
         prefix: Where it is in the whole; paths begin with it.
     """
-    info = getattr(model, "feature_info", None)
+    info = vars(model).get("feature_info")
     entries = getattr(info, "info", info)
     if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, dict) for entry in entries):
         return []
     modules = dict(model.named_modules(prefix=prefix))
-    owner = [path for path, module in modules.items() if getattr(module, "feature_info", None) == info][-1]
+    owner = [path for path, module in modules.items() if vars(module).get("feature_info") == info][-1]
     paths = [f"{owner}.{entry.get('module', '')}".strip(".") for entry in entries]
     return [
         (path if path != owner and path in modules else None, entry.get("num_chs", 0)) for path, entry in zip(paths, entries, strict=True)

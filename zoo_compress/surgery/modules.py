@@ -189,6 +189,14 @@ def every_output(model: nn.Module) -> AbstractContextManager[Any]:
     return own() if callable(own) else nullcontext()
 
 
+def own(model: nn.Module, name: str) -> Any:
+    """What a model says of itself under a name, such as `num_classes`; None if it says nothing.
+
+    A wrapper may hand on what the model inside says, by a property or `__getattr__`. That is not said of the wrapper.
+    """
+    return vars(model).get(name)
+
+
 def uncompiled(model: nn.Module) -> nn.Module:
     """The model that `torch.compile` was given, or the model itself."""
     inner = getattr(model, "_orig_mod", None)

@@ -159,10 +159,10 @@ class _Watch(TorchFunctionMode):
         result = func(*args, **kwargs)
         if not isinstance(result, torch.Tensor):
             return result
-        for tensor in args:
+        for tensor in (*args, *kwargs.values()):
             layer = getattr(tensor, "_zc_layer", None) if isinstance(tensor, torch.Tensor) else None
             if layer is not None:
-                mean = args[1] if func is F.batch_norm and len(args) > 1 else None
+                mean = _mean(*args, **kwargs) if func is F.batch_norm else None
                 self._readers.setdefault(layer, set()).add(self._names.get(id(mean)))
         if func in _UNFOLDS:
             self._look(result, *_UNFOLDS[func](self._batch, *args, **kwargs))
@@ -204,8 +204,12 @@ Rows = Callable[[torch.Tensor], torch.Tensor]
 """Positions → inputs there, (batch, positions, groups, columns)."""
 
 
-def _linear(images: int, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> tuple[Any, ...]:
-    flat = x.reshape(-1, 1, x.shape[-1])
+def _mean(input: torch.Tensor, running_mean: torch.Tensor | None, *_: Any, **__: Any) -> torch.Tensor | None:
+    return running_mean
+
+
+def _linear(images: int, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> tuple[Any, ...]:
+    flat = input.reshape(-1, 1, input.shape[-1])
     # Windows and the like are cut out image by image; where rows don't divide among images, each is a sample of its own.
     samples = flat.unflatten(0, (images, -1)) if len(flat) % images == 0 else flat[:, None]
     return weight, bias, -1, samples.shape[1], lambda chosen: samples[:, chosen]
@@ -213,7 +217,7 @@ def _linear(images: int, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
 
 def _convolution(
     images: int,
-    x: torch.Tensor,
+    input: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     stride: Any = 1,
@@ -228,18 +232,18 @@ def _convolution(
         sides = [(total // 2, total - total // 2) if padding == "same" else (0, 0) for total in reach]
     else:
         sides = [(p, p) for p in ([padding] * len(kernel) if isinstance(padding, int) else padding)]
-    spatial = x.shape[2:]
+    spatial = input.shape[2:]
     out = [(n + sum(side) - r - 1) // s + 1 for n, side, r, s in zip(spatial, sides, reach, stride, strict=True)]
 
     def rows(chosen: torch.Tensor) -> torch.Tensor:
-        padded = F.pad(x.detach(), [amount for side in reversed(sides) for amount in side])
+        padded = F.pad(input.detach(), [amount for side in reversed(sides) for amount in side])
         places = [place * s for place, s in zip(torch.unravel_index(chosen, out), stride, strict=True)]
         taps = [
             padded[(slice(None), slice(None), *(p + t * d for p, t, d in zip(places, tap, dilation, strict=True)))]
             for tap in itertools.product(*map(range, kernel))
         ]
         stacked = torch.stack(taps, 2)  # (batch, channels, taps, positions)
-        return stacked.movedim(3, 1).reshape(len(x), len(chosen), groups, -1)
+        return stacked.movedim(3, 1).reshape(len(input), len(chosen), groups, -1)
 
     return weight, bias, 1, math.prod(out), rows
 
@@ -250,5 +254,5 @@ _UNFOLDS: dict[Any, Callable[..., tuple[Any, ...]]] = {
     F.conv2d: _convolution,
     F.conv3d: _convolution,
 }
-"""Function → what it reads, given the number of images and its arguments: weight, bias, the output's channel dimension, number of positions
-per image, and `Rows`."""
+"""Function → what it reads, given the number of images and its arguments, by torch's names: weight, bias, the output's channel dimension,
+number of positions per image, and `Rows`."""

@@ -75,15 +75,23 @@ def permuted_copy(model: nn.Module, layout: Layout, pick: dict[str, np.ndarray])
 
 
 def reindex(tensor: torch.Tensor, dims: tuple[str, ...], layout: Layout, pick: dict[str, np.ndarray]) -> torch.Tensor | None:
-    """The elements of a tensor that a choice keeps, as a new tensor; None where the choice does not touch it."""
-    touched = False
+    """The elements of a tensor that a choice keeps, as a new tensor of the same memory format; None where the choice does not touch it."""
+    touched, format = False, _memory_format(tensor)
     for d, text in enumerate(dims):
         term = parse(text)
         if any(axis in pick for axis in terms.axes(term)):
             index = terms.index(term, layout.base_sizes, pick)
             tensor = tensor.index_select(d, torch.from_numpy(index).to(tensor.device))
             touched = True
-    return tensor if touched else None
+    return tensor.contiguous(memory_format=format) if touched else None
+
+
+def _memory_format(tensor: torch.Tensor) -> torch.memory_format:
+    """The order in memory of a tensor's dimensions: channels last, or as they are named."""
+    for dims, format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if tensor.ndim == dims and tensor.is_contiguous(memory_format=format) and not tensor.is_contiguous():
+            return format
+    return torch.contiguous_format
 
 
 def check_fits(model: nn.Module, layout: Layout) -> None:

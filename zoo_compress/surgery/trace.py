@@ -28,7 +28,7 @@ from .elastic import Elastic
 from .finish import finish
 from .functions import FUNCTIONS
 from .kernels import Kernels
-from .modules import eval_copy, every_output, takes_model
+from .modules import eval_copy, every_output, own, takes_model
 from .rules import COSTLY, RULES, elementwise
 from .scales import ARITHMETIC
 from .sizes import Computed, Number, Size, UnhashableError, heard_by, origins, plain
@@ -188,7 +188,7 @@ def _run_traced(tracer: Tracer, model: nn.Module, example: torch.Tensor, device:
             output = clone(image)
         after = dict(named_tensors(clone))
         spy.finish(dims, image, output)
-    headless = getattr(model, "num_classes", None) == 0
+    headless = own(model, "num_classes") == 0
     tracer.outputs = [tracer.dims(leaf) for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
     for term in itertools.chain.from_iterable(tracer.outputs):
         if headless:
