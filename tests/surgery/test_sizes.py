@@ -106,6 +106,56 @@ def test_scales_and_decisions_keep_the_width(body):
     assert all(layout.axes[name].frozen for name in layout.axes if name in term.split())
 
 
+UNSEEN = {
+    "one over": lambda self, x: x * (1.0 / x.shape[1]),
+    "cut by a factor first": lambda self, x: torch.cat([x[:, : int(0.25 * x.shape[1])].exp(), x[:, int(0.25 * x.shape[1]) :]], 1),
+    "logarithm": lambda self, x: x * math.log2(x.shape[1]),
+    "whole root": lambda self, x: x * math.isqrt(x.shape[1]),
+    "divisor": lambda self, x: x * math.gcd(x.shape[1], 48),
+    "repeats": lambda self, x: functools.reduce(lambda y, _: y * 0.9, range(x.shape[1]), x),
+    "entry": lambda self, x: x * [0.1 * i for i in range(40)][x.shape[1]],
+    "text": lambda self, x: x * len("%d" % x.shape[1] + "x" * (x.shape[1] // 2)),  # noqa: UP031 - the other ways are seen
+    "array": lambda self, x: x * float(np.zeros(x.shape[1]).size),
+    "power": lambda self, x: x * 1.01 ** x.shape[1],
+    "elements": lambda self, x: x / x.shape.numel(),
+}
+
+
+@pytest.mark.parametrize("body", UNSEEN.values(), ids=UNSEEN)
+def test_numbers_computed_out_of_sight_keep_the_width(body):
+    layout = proven(Net(body).eval())
+    assert all(layout.axes[name].frozen for term in layout.params["stem.weight"][:1] for name in layout.axes if name in term.split())
+
+
+def test_only_the_widths_behind_an_unseen_number_are_kept():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 32, 1), nn.Conv2d(32, 24, 1)
+            self.head = nn.Linear(24, 5)
+
+        def forward(self, x):
+            x = self.b(self.a(x).relu()).relu()
+            return self.head(self.c(x * (1.0 / x.shape[1])).relu().mean((2, 3)))
+
+    layout = proven(Two().eval())
+    assert [layout.axes[layout.params[f"{name}.weight"][0]].frozen is None for name in "abc"] == [True, False, True]
+
+
+def test_a_model_that_never_does_the_same_twice_is_analysed_too():
+    model = Net(lambda self, x: x * next(self.counter)).eval()
+    model.counter = Counter()
+    assert zc.analyze(model, IMAGES).free
+
+
+class Counter:
+    count = 0
+
+    def __next__(self):
+        Counter.count += 1
+        return float(Counter.count)
+
+
 HARMLESS = {
     "above nothing": lambda self, x: x.relu() if x.shape[1] > 0 and x.shape[1] else x.exp(),
     "same": lambda self, x: x.relu() if x.shape[1] == x.relu().shape[1] else x.exp(),

@@ -38,17 +38,24 @@ def resize(model: nn.Module, layout: Layout, widths: Widths) -> nn.Module:
     layout.check_links(widths)
     check_fits(model, layout)
     source = origin(model)
-    resized = permuted_copy(model, layout, picks(layout, widths))
-    for path, term in layout.attributes.items():
-        set_attribute(resized, path, terms.size(parse(term), sizes))
-    for path, term in layout.scales.items():
-        set_attribute(resized, path, terms.size(parse(term), sizes) ** -0.5)
+    resized = changed_copy(model, layout, widths)
     for name in layout.params:
         if layout.moves(name):
             make_persistent(resized, name)
     if source is not None:
         stamp(resized, record(layout, sizes, method="pruned", base=source.base, base_args=source.args, previous=source.previous))
     return resized
+
+
+def changed_copy(model: nn.Module, layout: Layout, widths: Widths) -> nn.Module:
+    """A copy of the model at other widths that the layout admits: its tensors, and the attributes that say their sizes."""
+    sizes = layout.sizes(widths)
+    changed = permuted_copy(model, layout, picks(layout, widths))
+    for path, term in layout.attributes.items():
+        set_attribute(changed, path, terms.size(parse(term), sizes))
+    for path, term in layout.scales.items():
+        set_attribute(changed, path, terms.size(parse(term), sizes) ** -0.5)
+    return changed
 
 
 def picks(layout: Layout, widths: Widths) -> dict[str, np.ndarray]:

@@ -33,6 +33,7 @@ from .rules import COSTLY, RULES, elementwise
 from .scales import ARITHMETIC
 from .sizes import Computed, Number, Size, UnhashableError, heard_by, origins, plain
 from .tracer import MODEL_ERRORS, Tracer, named_tensors
+from .unseen import call, freeze_unseen, leaves
 
 BATCH = 2  # a batch of one could be mistaken for a dimension to broadcast
 
@@ -117,7 +118,9 @@ def _analyze(model: nn.Module, example: torch.Tensor, device: str) -> Layout:
             once = [term for term, twin in both if u.size_of(term) == u.size_of(twin)]
             tracer.costs += once * (len(example) - 1)
     _try_scales(tracer, model, example, device)
-    return finish(model, tracer, dims, attributes, input_shape=tuple(map(int, example.shape)))
+    calls = tracer.calls
+    layout = finish(model, tracer, dims, attributes, input_shape=tuple(map(int, example.shape)))
+    return freeze_unseen(model, layout, calls, example) if device == "meta" else layout
 
 
 def _try_scales(tracer: Tracer, model: nn.Module, example: torch.Tensor, device: str) -> None:
@@ -185,7 +188,9 @@ def _run_traced(tracer: Tracer, model: nn.Module, example: torch.Tensor, device:
         warnings.simplefilter("ignore")
         spy = metadata.Spy(tracer, clone, attributes)
         with watch(tracer, clone, image) if watch else nullcontext(), every_output(clone):
+            tracer.listening = True
             output = clone(image)
+        tracer.listening = False
         after = dict(named_tensors(clone))
         spy.finish(dims, image, output)
     headless = own(model, "num_classes") == 0
@@ -266,7 +271,9 @@ class _Functions(TorchFunctionMode):
         handler = None if tracer.quiet else FUNCTIONS.get(func)
         name = tracer.operation = _name(func)
         products = len(tracer.scales.products)
-        given = list(_leaves((args, kwargs)))
+        given = list(leaves((args, kwargs)))
+        if tracer.listening:
+            tracer.calls.append(call(getattr(func, "__name__", str(func)), given))
         if handler is not None and _takes(handler, tracer, func, *args, **kwargs):
             out = handler(tracer, func, *args, **kwargs)
         else:
@@ -323,19 +330,6 @@ def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
             yield value
         elif isinstance(value, (list, tuple)):
             yield from _tensors(value)
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    """Numbers and tensors among a function's arguments, and in what holds several of them."""
-    if isinstance(value, (int, float, torch.Tensor)):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _leaves(item)
-    elif isinstance(value, dict):
-        yield from _leaves(tuple(value.values()))
-    elif isinstance(value, slice):
-        yield from _leaves((value.start, value.stop, value.step))
 
 
 def _within(sizes: list[int], stated: list[int]) -> bool:

@@ -37,6 +37,8 @@ class Tracer:
         kernel_sides: Dimensions of convolution kernels that lie along the image; their sizes have nothing to do with the input's.
         groups: The number of groups of the latest grouped operation, for the function rule that knows where the number came from.
         hashable: Whether numbers computed from sizes may be keys. What a cache gives for one depends on what ran before, so at first not.
+        calls: The torch functions that the model called, with the numbers it gave them; see `unseen.call`.
+        listening: Whether calls are those of the model's forward pass.
         running: How many torch functions that the model called are running, one within the other.
         stated: The plain numbers that the running function was given, if it has no handler.
         accounted: Identity of a number that a function was given → how often its handler knew what it means.
@@ -59,6 +61,8 @@ class Tracer:
         self.born: list[Variable] = []
         self.kernel_sides: set[Variable] = set()
         self.hashable = False
+        self.calls: list[tuple[str, tuple[float | None, ...]]] = []
+        self.listening = False
         self.running = 0
         self.stated: list[int] = []
         self.accounted: Counter[int] = Counter()
