@@ -340,6 +340,8 @@ def _within(sizes: list[int], stated: list[int]) -> bool:
 
 _SHAPING = {"view", "_unsafe_view", "reshape", "_reshape_alias", "expand", "as_strided", "as_strided_"}
 """Operations that are told the sizes of their result."""
+_GROUPED = {"convolution", "_convolution", "native_group_norm"}
+"""Operations that are told a number of groups; `native_group_norm` is told sizes too."""
 _NUMBERLESS = {"detach", "alias", "lift_fresh", "view_as"}
 """Operations that code may get to without a torch function and that neither read nor write a size."""
 
@@ -399,6 +401,10 @@ class _Operations(TorchDispatchMode):
             for size, term in zip(out.shape, tracer.dims(out), strict=True):
                 if size in tracer.stated:
                     u.fix(term, f"{tracer.where} writes its size as the number {size}")
+        elif name in _GROUPED:
+            for term in (tracer.groups, *(tracer.dims(tensors[0]) if name == "native_group_norm" else ())):
+                if u.size_of(term) in tracer.stated:
+                    u.freeze(term, f"{tracer.where} writes its size as the number {u.size_of(term)}")
         elif name in ("bmm", "baddbmm") and all(map(tracer.is_image, tensors[-2:])):
             tracer.scales.products.append(tracer.dims(tensors[-1])[-2])
 
