@@ -28,7 +28,7 @@ from ..surgery.grow import grow, growable
 from ..surgery.modules import get_tensor, statistics, takes_model
 from ..surgery.origin import refuse_packed
 from ..surgery.resize import check_fits, reindex
-from ..surgery.trace import analyze, empty_input
+from ..surgery.trace import analyze, input_for
 from ..surgery.tracer import named_tensors
 from ..surgery.verify import check_runs
 from ..training.config import Count
@@ -197,7 +197,7 @@ def netaug(model: nn.Module, r: float = 3, s: int = 3, *, layout: Layout | None 
         raise CompressError(f"netaug: no axis of {type(model).__name__} may grow")
     largest = {name: size for group in movable for name, size in group.at(round(r * group.steps)).items()}
     bank, grown = grow(model, layout, largest)
-    check_runs(bank, layout, largest, empty_input(bank, layout.input_shape))
+    check_runs(bank, layout, largest, input_for(bank, layout))
     settings = _Settings(
         base=dict(layout.base_sizes),
         points=tuple((group, _points(group, r, s)) for group in movable),

@@ -23,7 +23,7 @@ from ..surgery.moments import Moments, gather
 from ..surgery.origin import forget_packed
 from ..surgery.reconstruct import reconstruct_
 from ..surgery.resize import check_fits, resize
-from ..surgery.trace import analyze, empty_input
+from ..surgery.trace import analyze, input_for
 from ..surgery.verify import check_runs
 from .criteria import Data, lookup, scores
 from .damage import UNREAD, damage_scores
@@ -163,7 +163,7 @@ def prune(
         follow_(small, model, layout, widths, images)
         forget_packed(small)
     # What does not run as computed is not given out.
-    check_runs(small, layout, sizes, empty_input(small, layout.input_shape))
+    check_runs(small, layout, sizes, input_for(small, layout))
     return small
 
 

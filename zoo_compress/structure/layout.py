@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -56,6 +56,8 @@ class Layout:
         normalised: Axes whose elements influence each other (a mean, norm or softmax runs over them, or a product of activations sums
             over them), so that removing elements differs from zeroing them.
         unknown: Operations met that have no rule → how often.
+        untrained: Why the model did not run in training mode, where what only that reaches or gives was therefore not seen.
+        example: The batch itself, a tensor, with or without data: what later runs of the model are given.
     """
 
     params: dict[str, tuple[str, ...]]
@@ -70,6 +72,8 @@ class Layout:
     trained: frozenset[str] = frozenset()
     normalised: frozenset[str] = frozenset()
     unknown: dict[str, int] = field(default_factory=dict)
+    untrained: str | None = None
+    example: Any = field(default=None, compare=False, repr=False)
 
     @property
     def batch(self) -> int:
@@ -112,6 +116,7 @@ class Layout:
             fused_macs_terms=tuple((written(term), count) for term, count in self.fused_macs_terms),
             outputs=tuple(tuple(map(written, dims)) for dims in self.outputs),
             normalised=self.normalised & set(self.free),
+            example=None,
         )
 
     @cached_property

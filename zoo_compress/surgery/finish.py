@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import torch
 from torch import nn
 
 from ..structure import unify as u
@@ -15,7 +16,7 @@ from .metadata import Attributes, describe_blocks, describe_standard_modules
 from .tracer import Tracer
 
 
-def finish(model: nn.Module, tracer: Tracer, dims: dict[str, list[Term]], attributes: Attributes, input_shape: tuple[int, ...]) -> Layout:
+def finish(model: nn.Module, tracer: Tracer, dims: dict[str, list[Term]], attributes: Attributes, example: torch.Tensor) -> Layout:
     """Freeze what no choice of widths can satisfy, name the axes and write the layout down.
 
     Args:
@@ -23,7 +24,7 @@ def finish(model: nn.Module, tracer: Tracer, dims: dict[str, list[Term]], attrib
         tracer: What the run left behind.
         dims: Parameter or buffer name → one term over variables per dimension.
         attributes: Attribute path → its variable.
-        input_shape: Shape of the batch that ran.
+        example: The batch that ran.
     """
     describe_standard_modules(model, dims, attributes)
     describe_blocks(model, dims, attributes)
@@ -45,11 +46,13 @@ def finish(model: nn.Module, tracer: Tracer, dims: dict[str, list[Term]], attrib
         links=tuple(dict.fromkeys((written(a), written(b)) for a, b in tracer.links)),
         macs_terms=tuple(Counter(map(written, tracer.costs)).items()),
         fused_macs_terms=tuple(Counter(map(written, tracer.fused_costs)).items()),
-        input_shape=input_shape,
+        input_shape=tuple(map(int, example.shape)),
+        example=example,
         outputs=tuple(tuple(map(written, terms)) for terms in tracer.outputs),
         trained=frozenset(name for name, _ in model.named_parameters()),
         normalised=frozenset(names[v] for term in tracer.mixed for v in u.variables(term) if v in names),
         unknown=dict(tracer.unknown),
+        untrained=tracer.untrained,
     )
 
 

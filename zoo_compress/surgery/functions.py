@@ -84,6 +84,30 @@ def _memory(t: Tracer, function: Any, tensor: torch.Tensor, *args: Any) -> Any:
     return function(tensor, *args)
 
 
+@handles(
+    torch.Tensor.numpy,
+    torch.Tensor.tolist,
+    torch.Tensor.__array__,
+    torch.Tensor.__dlpack__,
+    torch.Tensor.__reduce_ex__,
+    torch.Tensor.untyped_storage,
+    torch.Tensor.data_ptr,
+)
+def _taken_out(t: Tracer, function: Any, tensor: torch.Tensor, *args: Any, **named: Any) -> Any:
+    """What takes a tensor's values out of torch: nothing tells what becomes of them."""
+    t.freeze_all(tensor, f"{t.where} takes it out of torch, where it cannot be traced")
+    with t.silenced():
+        return function(tensor, *args, **named)
+
+
+@handles(torch.Tensor.__deepcopy__)
+def _copied(t: Tracer, function: Any, tensor: torch.Tensor, memo: Any) -> torch.Tensor:
+    with t.silenced():
+        out = function(tensor, memo)
+    t.set(out, t.dims(tensor))
+    return out
+
+
 @handles(torch.Tensor.expand, torch.Tensor.broadcast_to, torch.broadcast_to)
 def _expand(t: Tracer, function: Any, tensor: torch.Tensor, *sizes: Any, **named: Any) -> torch.Tensor:
     out = function(tensor, *sizes, **named)

@@ -80,6 +80,12 @@ class Spy:
 
         return hook
 
+    def leave(self) -> None:
+        """Look at no more runs of the model."""
+        for handle in self.handles:
+            handle.remove()
+        vars(self.model).pop("forward_features", None)
+
     def finish(self, dims: dict[str, list[Term]], image: torch.Tensor, output: Any) -> None:
         """Tie what was seen to the attributes that describe it.
 
@@ -88,9 +94,6 @@ class Spy:
             image: The input of the run, for models whose features have to be asked for.
             output: What the run gave: of a model without classes, what a new classifier will read.
         """
-        for handle in self.handles:
-            handle.remove()
-        vars(self.model).pop("forward_features", None)
         self.tracer.operation = "metadata"
         self._describe("num_features", self.features)
         for path in self.described:

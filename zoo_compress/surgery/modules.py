@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
+from itertools import pairwise
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -24,6 +25,7 @@ M = TypeVar("M", bound=nn.Module)
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# Below the module that holds the value.
 _PATH = re.compile(r"\w+(\[\d+\])*(\.\w+(\[\d+\])*)*", re.ASCII)
 _STEP = re.compile(r"\[(\d+)\]|(\w+)", re.ASCII)
 
@@ -293,18 +295,20 @@ def _copied_without_data(model: nn.Module) -> nn.Module:
 
 def _locate(model: nn.Module, path: str) -> tuple[nn.Module, list[Step]]:
     """The module a path leads to and the steps left from that module's `__dict__`."""
-    if _PATH.fullmatch(path) is None:
+    module, rest = model, path
+    name, dot, after = rest.partition(".")  # names of modules may hold anything but dots
+    while dot and (child := module._modules.get(name)) is not None:
+        module, rest = child, after
+        name, dot, after = rest.partition(".")
+    if _PATH.fullmatch(rest) is None:
         raise AttributeError(f"{path[:80]!r} is no attribute path such as 'blocks.0.attn.num_heads'")
-    steps: list[Step] = [int(index) if index else name for index, name in _STEP.findall(path)]
-    module, done = model, 0
-    while (child := module._modules.get(str(steps[done]))) is not None and isinstance(steps[done], str) and done < len(steps) - 1:
-        module, done = child, done + 1
-    attribute, keys = steps[done], zip(steps[done:], steps[done + 1 :], strict=False)
+    steps: list[Step] = [int(index) if index else name for index, name in _STEP.findall(rest)]
+    attribute, keys = steps[0], pairwise(steps)
     if any(isinstance(step, str) and isinstance(before, str) for before, step in keys):
         raise AttributeError(f"{path!r}: {type(module).__name__} has no module {attribute!r}")
     if not isinstance(attribute, str) or attribute.startswith("__") or attribute not in module.__dict__:
         raise AttributeError(f"{type(model).__name__} has no plain attribute {path!r}")
-    return module, steps[done:]
+    return module, steps
 
 
 def _item(value: Any, step: Step, path: str) -> Any:

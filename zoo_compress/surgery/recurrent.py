@@ -7,9 +7,7 @@ from typing import Any
 
 import torch
 
-from ..structure import unify as u
 from ..structure.terms import Term, concat, product
-from ..structure.unify import Variable
 from .functions import handles
 from .tracer import Tracer
 
@@ -43,7 +41,7 @@ def _recurrent(
     t.operation = function.__name__
     *outer, width = t.dims(input)
     # Zeros as an initial state fit any unit; a state that is given holds the same units for all layers and directions.
-    given = not all(isinstance(term := u.resolve(t.dims(state)[-1]), Variable) and term.uniform for state in states)
+    given = not all(map(t.is_alike, states))
     units: list[Term] = []
     for layer in range(num_layers):
         made = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import itertools
+import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -28,12 +29,15 @@ from .elastic import Elastic
 from .finish import finish
 from .functions import FUNCTIONS
 from .kernels import Kernels
-from .modules import eval_copy, every_output, own, takes_model
+from .modules import eval_copy, every_output, takes_model
+from .outputs import gives_features, tensors_in
 from .rules import COSTLY, RULES, elementwise
 from .scales import ARITHMETIC
 from .sizes import Computed, Number, Size, UnhashableError, heard_by, origins, plain
 from .tracer import MODEL_ERRORS, Tracer, named_tensors
 from .unseen import call, freeze_unseen, leaves
+
+_logger = logging.getLogger(__name__)
 
 BATCH = 2  # a batch of one could be mistaken for a dimension to broadcast
 
@@ -46,8 +50,8 @@ def analyze(model: nn.Module, example_input: torch.Tensor | None = None) -> Layo
 
     Args:
         model: Any module; timm models know their input size.
-        example_input: A batch (at least 2, channels, height, width) where the model does not say what it takes. Only its shape and
-            dtype are used.
+        example_input: A batch (at least 2, channels, height, width), or of whatever the model takes, where it does not say what that is.
+            Its values are used where a model looks at values.
 
     Returns:
         The layout. What the engine did not understand is frozen in it, with a reason.
@@ -56,6 +60,25 @@ def analyze(model: nn.Module, example_input: torch.Tensor | None = None) -> Layo
         AnalysisError: If `model` is no module, its input is not known, or it does not run.
         CompressError: If it is compiled.
     """
+    layout = _infer(model, example_input, training=True)
+    if layout.untrained is not None:
+        _logger.warning(
+            f"analyze: {type(model).__name__} does not run in training mode on its input alone ({layout.untrained}): what only training "
+            "reaches, or gives, was not seen"
+        )
+    return layout
+
+
+def count_macs(model: nn.Module, example_input: torch.Tensor) -> int:
+    """Multiply-accumulates of one sample, as `analyze(model, example_input).macs()` counts them, from a run in eval mode alone.
+
+    Raises:
+        AnalysisError: As `analyze` does.
+    """
+    return _infer(model, example_input, training=False).macs()
+
+
+def _infer(model: nn.Module, example_input: torch.Tensor | None, *, training: bool) -> Layout:
     if not isinstance(model, nn.Module):
         raise AnalysisError(f"analyze: expected a torch.nn.Module, found {type(model).__name__}")
     if isinstance(model, Elastic):
@@ -63,16 +86,23 @@ def analyze(model: nn.Module, example_input: torch.Tensor | None = None) -> Layo
     example = example_input if example_input is not None else default_input(model)
     if not isinstance(example, torch.Tensor):
         raise AnalysisError(f"example_input: expected a tensor (batch, channels, height, width), found {type(example).__name__}")
-    failures = []
+    found: Layout | None = None
     for device in ("meta", "cpu"):  # a model that looks at values needs real tensors
         try:
             with _collector_paused():
-                return _analyze(model, example, device)
+                layout = _analyze(model, example, device, training=training)
+        except AnalysisError:
+            raise
         except MODEL_ERRORS as error:
-            failures.append(error)
-    last = failures[-1]
-    shape = tuple(example.shape)
-    raise AnalysisError(f"{type(model).__name__} does not run on an input of shape {shape}: {type(last).__name__}: {last}") from last
+            failure = error
+            continue
+        if layout.untrained is None or found is not None:
+            return layout if layout.untrained is None or found is None else found
+        found = layout
+    if found is not None:
+        return found
+    what = f"{type(model).__name__} does not run on an input of shape {tuple(example.shape)}"
+    raise AnalysisError(f"{what}: {type(failure).__name__}: {failure}") from failure
 
 
 @contextmanager
@@ -108,19 +138,24 @@ def empty_input(model: nn.Module, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _analyze(model: nn.Module, example: torch.Tensor, device: str) -> Layout:
-    tracer, dims, attributes = run_traced(model, example, device)
+def input_for(model: nn.Module, layout: Layout) -> torch.Tensor:
+    """What the model of a layout was given, for another run of it or of what was made of it."""
+    return layout.example if layout.example is not None else empty_input(model, layout.input_shape)
+
+
+def _analyze(model: nn.Module, example: torch.Tensor, device: str, *, training: bool) -> Layout:
+    tracer, dims, attributes = run_traced(model, example, device, training=training)
     if tracer.shared_costs:
         # Some of these are paid once a batch, others by every sample: with one sample more only the latter grow. A sample alone pays both.
-        more, _, _ = run_traced(model, example.new_empty((len(example) + 1, *example.shape[1:])), device)
+        more, _, _ = run_traced(model, torch.cat([example, example[:1]]), device)
         if len(more.shared_costs) == len(tracer.shared_costs):
             both = zip(tracer.shared_costs, more.shared_costs, strict=True)
             once = [term for term, twin in both if u.size_of(term) == u.size_of(twin)]
             tracer.costs += once * (len(example) - 1)
     _try_scales(tracer, model, example, device)
     calls = tracer.calls
-    layout = finish(model, tracer, dims, attributes, input_shape=tuple(map(int, example.shape)))
-    return freeze_unseen(model, layout, calls, example) if device == "meta" else layout
+    layout = finish(model, tracer, dims, attributes, example)
+    return freeze_unseen(model, layout, calls, example) if training and device == "meta" else layout
 
 
 def _try_scales(tracer: Tracer, model: nn.Module, example: torch.Tensor, device: str) -> None:
@@ -161,27 +196,34 @@ Watch = Callable[[Tracer, nn.Module, torch.Tensor], AbstractContextManager[Any]]
 Traced = tuple[Tracer, dict[str, list[Term]], metadata.Attributes]
 
 
-def run_traced(model: nn.Module, example: torch.Tensor, device: str, watch: Watch | None = None) -> Traced:
-    """Run a copy of a model and infer the terms of its tensors' dimensions and of its attributes."""
+def run_traced(model: nn.Module, example: torch.Tensor, device: str, watch: Watch | None = None, *, training: bool = False) -> Traced:
+    """Run a copy of a model and infer the terms of its tensors' dimensions and of its attributes.
+
+    Args:
+        model: The model.
+        example: A batch; its values are used on a device where tensors have values, if it has any.
+        device: `meta` for tensors without data, or `cpu`.
+        watch: What else to look at while the copy runs in eval mode.
+        training: Also run it in training mode, for what only that reaches and gives, if it takes the batch alone.
+    """
     try:
-        return _run_traced(Tracer(), model, example, device, watch)
+        return _run_traced(Tracer(), model, example, device, watch, training)
     except UnhashableError:
         tracer = Tracer()
         tracer.hashable = True
-        return _run_traced(tracer, model, example, device, watch)
+        return _run_traced(tracer, model, example, device, watch, training)
 
 
-def _run_traced(tracer: Tracer, model: nn.Module, example: torch.Tensor, device: str, watch: Watch | None) -> Traced:
+def _run_traced(tracer: Tracer, model: nn.Module, example: torch.Tensor, device: str, watch: Watch | None, training: bool) -> Traced:
     clone = eval_copy(model, device)
     tensors = dict(named_tensors(clone))
-    dims: dict[str, list[Term]] = {name: [Variable(n) if n > 1 else 1 for n in tensor.shape] for name, tensor in tensors.items()}
+    dims: dict[str, list[Term]] = {name: [Variable(n) if n > 1 else n for n in tensor.shape] for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         tracer.set(tensor, dims[name])
+    _mark_kept(tracer, clone)
     saved = clone.state_dict().keys()
     attributes = metadata.tag_attributes(clone)
-    image = torch.empty(example.shape, dtype=example.dtype, device=device)
-    if device != "meta":
-        image = torch.randn(example.shape, generator=torch.Generator().manual_seed(0)).to(example.dtype)
+    image = _input(example, device)
     tracer.set(image, _image_terms(image))
     tracer.mark_image(image)
     with _traced(tracer, clone), torch.no_grad(), warnings.catch_warnings():
@@ -192,30 +234,123 @@ def _run_traced(tracer: Tracer, model: nn.Module, example: torch.Tensor, device:
             output = clone(image)
         tracer.listening = False
         after = dict(named_tensors(clone))
+        spy.leave()
+        given = tensors_in(output)
+        if not given:
+            what = f"{type(model).__name__} gives no tensors but {type(output).__name__}"
+            raise AnalysisError(f"{what}: nothing says which widths stay. Let it give tensors, in objects of any class")
+        tracer.outputs = [tracer.dims(tensor) for tensor in given]
+        features = training and gives_features(model)
+        _keep_outputs(tracer, tracer.outputs, "model output (class logits)", free=features)
+        loose = _loose(tracer, given)
+        if training:
+            _train(tracer, clone, image, features=features)
+            _follow_replaced(tracer, after, dict(named_tensors(clone)))
+            if tracer.untrained is not None:
+                _keep_untrained(tracer, loose, dims)
         spy.finish(dims, image, output)
-    headless = own(model, "num_classes") == 0
-    tracer.outputs = [tracer.dims(leaf) for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-    for term in itertools.chain.from_iterable(tracer.outputs):
-        if headless:
-            # A backbone gives features: there may be fewer, but their order shows.
-            u.order(term)
-            tracer.mixed.append(term)
-        else:
-            u.freeze(term, "model output (class logits)")
     for name, tensor in after.items():
         if tensor is not tensors.get(name):
             dims[name] = tracer.dims(tensor)
-            for term in dims[name]:
-                u.freeze(term, "part of a buffer that the model computes anew when it runs")
-        elif id(tensor) not in tracer.seen:
-            for term in dims[name]:
-                u.freeze(term, "not used when the model runs in eval mode")
+            tracer.freeze(dims[name], "part of a buffer that the model computes anew when it runs")
+    _keep_unused(tracer, {name: tensor for name, tensor in tensors.items() if after.get(name) is tensor}, dims)
     for name in after.keys() - saved:
         terms = [term for term in dims[name] if u.size_of(term) > 1 and term not in tracer.kernel_sides]
         if any(not u.is_free(term) for term in terms):
-            for term in terms:
-                u.freeze(term, "runs through a buffer that is computed for the input's size and not saved")
+            tracer.freeze(terms, "runs through a buffer that is computed for the input's size and not saved")
     return tracer, dims, attributes
+
+
+def _input(example: torch.Tensor, device: str) -> torch.Tensor:
+    """The batch that runs: the example's values where tensors have values, random ones where it has none."""
+    if device == "meta":
+        return torch.empty(example.shape, dtype=example.dtype, device=device)
+    if not example.is_meta:
+        return example.detach().to(device).clone()
+    if not (example.is_floating_point() or example.is_complex()):
+        return torch.zeros(example.shape, dtype=example.dtype, device=device)
+    return torch.randn(example.shape, generator=torch.Generator().manual_seed(0)).to(example.dtype)
+
+
+def _mark_kept(tracer: Tracer, model: nn.Module) -> None:
+    """What modules keep in plain attributes has the size it has: neither a parameter nor a buffer, it does not follow."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            for tensor in tree_leaves(value) if name not in ("_parameters", "_buffers", "_modules") else ():
+                if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and not hasattr(tensor, "_zc_dims"):
+                    where = f"{path}.{name}".lstrip(".")
+                    kept = [Variable(n) if n > 1 else n for n in tensor.shape]
+                    tracer.freeze(kept, f"{where} is a tensor in a plain attribute: reset it if it is the state of a call before")
+                    tracer.set(tensor, kept)
+
+
+def _keep_outputs(tracer: Tracer, outputs: list[list[Term]], reason: str, *, free: bool) -> None:
+    """What a model gives keeps its width. Features of a backbone may be fewer, but their order shows."""
+    for term in itertools.chain.from_iterable(outputs):
+        if free:
+            u.order(term)
+            tracer.mixed.append(term)
+        else:
+            u.freeze(term, reason)
+
+
+def _loose(tracer: Tracer, given: list[torch.Tensor]) -> list[Term]:
+    """Dimensions of what was computed and is neither read nor given."""
+    known = {id(tensor) for tensor in given}
+    loose = [tensor for key, tensor in tracer.loose.items() if key not in known and tensor.is_floating_point()]
+    return [term for tensor in loose if not tracer.waits(tensor) for term in tracer.dims(tensor)]
+
+
+def _train(tracer: Tracer, model: nn.Module, image: torch.Tensor, *, features: bool) -> None:
+    """Run a model in training mode, if it takes a batch alone: what only that reaches follows, what only that gives keeps its width."""
+    model.train()
+    try:
+        with tracer.uncounted(), torch.random.fork_rng(devices=[]):
+            output = model(image)
+            given = [tracer.dims(tensor) for tensor in tensors_in(output)]
+    except MODEL_ERRORS as error:
+        tracer.untrained = f"{type(error).__name__}: {error}"
+        return
+    finally:
+        model.eval()
+    _keep_outputs(tracer, given, "model output in training mode", free=features)
+
+
+def _keep_untrained(tracer: Tracer, loose: list[Term], dims: dict[str, list[Term]]) -> None:
+    """Where training wants more than this input, it may give what eval mode computes and drops, and what it only sums up at the end."""
+    why = "training, for which this input is not enough, may give it"
+    tracer.freeze(loose, f"computed and not used in eval mode: {why}")
+    weights = Counter(v for terms in dims.values() if len(terms) > 1 for v in {v for term in terms for v in u.variables(term)})
+    ends = [v for term in tracer.reduced for v in u.variables(term) if weights[v] < 2]
+    tracer.freeze(ends, f"reduced, and read by no weight: {why}")
+
+
+def _follow_replaced(tracer: Tracer, before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> None:
+    """Buffers that training replaces (averages, codebooks) hold the same elements before and after."""
+    for name, tensor in after.items():
+        old = before.get(name)
+        if old is None or old is tensor:
+            continue
+        terms = tracer.dims(old), tracer.dims(tensor)
+        if old.shape == tensor.shape:
+            for a, b in zip(*terms, strict=True):
+                tracer.unify(a, b)
+        else:
+            tracer.freeze(itertools.chain(*terms), f"part of {name}, which training replaces by another size")
+
+
+def _keep_unused(tracer: Tracer, tensors: dict[str, torch.Tensor], dims: dict[str, list[Term]]) -> None:
+    """Parameters that this input does not reach (experts, mask tokens, other image sizes) may share any width of their size."""
+    unused = [name for name, tensor in tensors.items() if id(tensor) not in tracer.seen and tensor.numel()]
+    for name in unused:
+        tracer.freeze(dims[name], "not used when the model runs in eval mode")
+    own = {id(v) for name in unused for term in dims[name] for v in u.variables(term)}
+    for name in unused:
+        for size in {u.size_of(term) for term in dims[name]} - {1}:
+            sharing = [t for t in tracer.met.get(size, ()) if not all(id(v) in own for v in u.variables(t))]
+            if not sharing:  # it may read several dimensions as one
+                sharing = [t for n, known in tracer.met.items() if n > 1 and size % n == 0 for t in known]
+            tracer.freeze(sharing, f"may be shared with {name} (size {size}), which is not used when the model runs on this input")
 
 
 def _image_terms(image: torch.Tensor) -> list[Term]:
@@ -358,7 +493,9 @@ class _Operations(TorchDispatchMode):
         kwargs = kwargs or {}
         tracer = self.tracer
         tensors = list(_tensors((*args, *kwargs.values())))
-        tracer.seen.update(map(id, tensors))
+        for tensor in tensors:
+            tracer.seen.add(id(tensor))
+            tracer.loose.pop(id(tensor), None)
         with nullcontext() if tracer.running else torch._C.DisableTorchFunction():
             out = self.kernels(func, args, kwargs)
         from_image = any(map(tracer.is_image, tensors))
@@ -369,6 +506,10 @@ class _Operations(TorchDispatchMode):
             before = len(tracer.costs)
             self._apply(func, args, kwargs, tensors, out)
             self._numbers(func._schema.name.partition("::")[2], tensors, out)
+            if not func._schema.is_mutable:
+                tracer.loose.update((id(tensor), tensor) for tensor in _tensors([out]))
+            elif "fill" not in tracer.operation and "zero" not in tracer.operation:
+                tracer.written(out)
             if not from_image:
                 tracer.shared_costs += tracer.costs[before:]
         return out
@@ -379,6 +520,8 @@ class _Operations(TorchDispatchMode):
         tracer.operation = name
         rule = RULES.get(name) or RULES.get(name.removesuffix("_"))
         if tensors and rule not in COSTLY and all(map(tracer.is_constant, tensors)):
+            for tensor in _tensors([out]):
+                tracer.set_constant(tensor)
             return
         try:
             terms = self._terms(func, rule, args, kwargs, tensors, out)
@@ -388,8 +531,10 @@ class _Operations(TorchDispatchMode):
         except (*MODEL_ERRORS, StopIteration) as error:
             # No rule, or one that does not fit this use or this release of torch: freezing is sound whatever the rule did before.
             why = "has no rule" if isinstance(error, NotImplementedError) else f"has no rule for this use ({error})"
-            if tracer.freeze_all((tensors, out), f"{tracer.where} {why}"):
+            if tracer.freeze_all(tensors, f"{tracer.where} {why}"):
                 tracer.unknown[f"aten.{name}"] += 1
+            for tensor in _tensors([out]):
+                tracer.set_constant(tensor)
 
     def _numbers(self, name: str, tensors: list[torch.Tensor], out: Any) -> None:
         """Keep the sizes that an operation was told as plain numbers."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import ne
 from typing import Any
 
 import torch
@@ -30,10 +32,14 @@ class Tracer:
         shared_costs: Those of `costs` whose operands do not come from the image: relative positions put through an MLP, latent queries.
         scales: What numbers scaled, and which attributes are attention's own scale.
         mixed: Dimensions along which elements influence each other.
+        reduced: Dimensions that a sum, mean, maximum or the like has taken away.
         unknown: Operations that no rule knew and that froze an axis.
         modules: Stack of (path, module) being run.
         born: Uniform dimensions made so far.
         seen: Identities of the tensors that operations have met.
+        loose: By identity, tensors that operations have made and none has read since.
+        untrained: Why the model does not run in training mode, if it does not.
+        met: Size → the terms of that size that dimensions had so far.
         kernel_sides: Dimensions of convolution kernels that lie along the image; their sizes have nothing to do with the input's.
         groups: The number of groups of the latest grouped operation, for the function rule that knows where the number came from.
         hashable: Whether numbers computed from sizes may be keys. What a cache gives for one depends on what ran before, so at first not.
@@ -51,13 +57,18 @@ class Tracer:
         self.shared_costs: list[Term] = []
         self.scales = Scales()
         self.mixed: list[Term] = []
+        self.reduced: list[Term] = []
         self.outputs: list[list[Term]] = []
         self.unknown: Counter[str] = Counter()
+        self.untrained: str | None = None
         self.modules: list[tuple[str, torch.nn.Module]] = []
         self.operation = ""
         self.groups: Term = 1
         self.seen: set[int] = set()
+        self.loose: dict[int, torch.Tensor] = {}
+        self.met: dict[int, dict[Term, None]] = {}
         self.quiet = False
+        self._storages: dict[int, list[weakref.ref[torch.Tensor]]] = {}
         self.born: list[Variable] = []
         self.kernel_sides: set[Variable] = set()
         self.hashable = False
@@ -81,7 +92,9 @@ class Tracer:
         if callable(known):
             self.set(tensor, known())
             return self.dims(tensor)
-        return list(known) if known is not None else [int(n) for n in tensor.shape]
+        if known is None or len(known) != tensor.ndim or any(map(ne, map(u.size_of, known), tensor.shape)):
+            known = self._of_storage(tensor)
+        return list(known)
 
     def set(self, tensor: torch.Tensor, terms: Sequence[Term]) -> None:
         """Record the terms of a tensor's dimensions."""
@@ -90,6 +103,48 @@ class Tracer:
         if sizes != shape:
             raise AssertionError(f"{self.where}: rule gave sizes {sizes} for a tensor of shape {shape}")
         tensor._zc_dims = tuple(terms)  # type: ignore[attr-defined]
+        for size, term in zip(sizes, terms, strict=True):
+            if not isinstance(term, int):
+                self.met.setdefault(size, {})[term] = None
+        sharing = self._storages.setdefault(_storage(tensor), [])
+        sharing[:] = [ref for ref in sharing if ref() is not None]
+        sharing.append(weakref.ref(tensor))
+
+    def _of_storage(self, tensor: torch.Tensor) -> Sequence[Term]:
+        """The terms of a tensor that no operation made: another object for a tensor that is known (`as_subclass`, `nn.Parameter(x)`), or
+        one from outside. Another object for other elements of a known one freezes that."""
+        alike = [other for ref in self._storages.get(_storage(tensor), ()) if (other := ref()) is not None and other is not tensor]
+        for other in alike:
+            if _place(other) == _place(tensor):
+                self.set(tensor, self.dims(other))
+                return self.dims(tensor)
+        self.freeze_all(alike, f"{self.where} reads its memory as another tensor, which cannot be traced")
+        return [int(n) for n in tensor.shape]
+
+    def set_constant(self, tensor: torch.Tensor) -> None:
+        """Record that no axis runs along a tensor."""
+        self.set(tensor, [int(n) for n in tensor.shape])
+
+    def set_alike(self, tensor: torch.Tensor) -> None:
+        """Remember that all elements of a new tensor are alike."""
+        tensor._zc_alike = True  # type: ignore[attr-defined]
+
+    @staticmethod
+    def is_alike(tensor: torch.Tensor) -> bool:
+        """Whether all elements of a tensor are known to be alike: zeros that nothing was written into."""
+        return hasattr(tensor, "_zc_alike")
+
+    def written(self, values: Any) -> None:
+        """Something was written into a tensor: its elements, and those of all that share its memory, need not be alike any more."""
+        for leaf in tree_leaves(values):
+            for ref in self._storages.get(_storage(leaf), ()) if isinstance(leaf, torch.Tensor) else ():
+                if (other := ref()) is not None and self.is_alike(other):
+                    del other._zc_alike  # type: ignore[attr-defined]
+
+    @staticmethod
+    def waits(tensor: torch.Tensor) -> bool:
+        """Whether the terms of a tensor's dimensions are worked out only when something uses it."""
+        return callable(getattr(tensor, "_zc_dims", None))
 
     def set_when_asked(self, tensor: torch.Tensor, terms: Callable[[], Sequence[Term]]) -> None:
         """Have the terms of a tensor's dimensions worked out when something first uses it: many never are, and they cost axes."""
@@ -97,7 +152,7 @@ class Tracer:
 
     def is_constant(self, tensor: torch.Tensor) -> bool:
         """Whether no axis is known to run along the tensor."""
-        return not hasattr(tensor, "_zc_dims") or all(isinstance(u.resolve(t), int) for t in self.dims(tensor))
+        return all(isinstance(u.resolve(t), int) for t in self.dims(tensor))
 
     @staticmethod
     def is_image(tensor: torch.Tensor) -> bool:
@@ -130,12 +185,12 @@ class Tracer:
     @contextmanager
     def uncounted(self) -> Iterator[None]:
         """Within, operations follow their rules but cost nothing: they are not part of the model's forward pass."""
-        kept = len(self.costs), len(self.fused_costs), len(self.shared_costs), self.unknown.copy()
+        kept = len(self.costs), len(self.fused_costs), len(self.shared_costs), len(self.mixed), self.unknown.copy()
         try:
             yield
         finally:
-            del self.costs[kept[0] :], self.fused_costs[kept[1] :], self.shared_costs[kept[2] :]
-            self.unknown = kept[3]
+            del self.costs[kept[0] :], self.fused_costs[kept[1] :], self.shared_costs[kept[2] :], self.mixed[kept[3] :]
+            self.unknown = kept[4]
 
     def unify(self, a: Term, b: Term) -> None:
         """Two dimensions hold the same elements."""
@@ -250,10 +305,30 @@ class Tracer:
         found = False
         for leaf in tree_leaves(values):
             if isinstance(leaf, torch.Tensor):
-                for term in self.dims(leaf):
-                    found |= u.is_free(term)
-                    u.freeze(term, reason)
+                found |= self.freeze(self.dims(leaf), reason)
         return found
+
+    @staticmethod
+    def freeze(terms: Iterable[Term], reason: str) -> bool:
+        """Freeze every axis of these terms; True if there was one that was free."""
+        found = False
+        for term in terms:
+            found |= u.is_free(term)
+            u.freeze(term, reason)
+        return found
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """Identity of the memory a tensor reads, with data or without; of one that has no single memory, such as a sparse one, its own."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (RuntimeError, NotImplementedError):
+        return -id(tensor)
+
+
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Which elements of its memory a tensor reads."""
+    return tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype
 
 
 def named_tensors(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from ..errors import AnalysisError, VerificationError
 from ..structure import terms
@@ -18,8 +17,9 @@ from ..structure.widths import groups
 from .calibrate import estimate
 from .images import fitting
 from .modules import clear_caches, copied, every_output, takes_model
+from .outputs import tensors_in
 from .resize import check_fits, permuted_copy, picks, resize
-from .trace import analyze, default_input
+from .trace import count_macs, default_input
 from .tracer import MODEL_ERRORS, named_tensors
 
 TOLERANCE = 1e-4
@@ -180,7 +180,7 @@ def run_flat(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
 
 def flat(output: Any) -> torch.Tensor:
     """Every tensor of a model's output, flattened into one."""
-    return torch.cat([leaf.reshape(-1) for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)])
+    return torch.cat([leaf.reshape(-1) for leaf in tensors_in(output)])
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -266,7 +266,7 @@ def check_runs(resized: nn.Module, layout: Layout, widths: Widths, image: torch.
         VerificationError: If the model does not run, or costs something else.
     """
     try:
-        counted = analyze(resized, image).macs()
+        counted = count_macs(resized, image)
     except AnalysisError as error:
         raise VerificationError(f"resize proof: the pruned model does not run: {error}") from error
     if counted != layout.macs(widths):

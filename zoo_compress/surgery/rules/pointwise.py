@@ -11,31 +11,21 @@ from ..tracer import Tracer
 from .base import elementwise, rule
 
 
-@rule(
-    "clone",
-    "detach",
-    "alias",
-    "contiguous",
-    "_to_copy",
-    "lift_fresh",
-    "lift_fresh_copy",
-    "zeros_like",
-    "ones_like",
-    "full_like",
-    "empty_like",
-    "rand_like",
-    "randn_like",
-    "bernoulli",
-    "fill_",
-    "zero_",
-    "normal_",
-    "uniform_",
-    "bernoulli_",
-    "_conj",
-    "_neg_view",
-    "fill",
-)
+@rule("clone", "detach", "alias", "contiguous", "_to_copy", "lift_fresh", "lift_fresh_copy", "_conj", "_neg_view")
 def _same(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, **_: Any) -> list[Term]:
+    if t.is_alike(self):
+        t.set_alike(out)
+    return t.dims(self)
+
+
+@rule("zeros_like", "ones_like", "full_like")
+def _filled_like(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, **_: Any) -> list[Term]:
+    t.set_alike(out)
+    return t.dims(self)
+
+
+@rule("empty_like", "rand_like", "randn_like", "bernoulli", "fill_", "zero_", "normal_", "uniform_", "bernoulli_", "fill")
+def _like(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, **_: Any) -> list[Term]:
     return t.dims(self)
 
 
@@ -65,6 +55,8 @@ def _dropout(t: Tracer, out: Any, *, input: torch.Tensor, **_: Any) -> list[list
     costly=True,
 )
 def _uniform(t: Tracer, out: torch.Tensor, **_: Any) -> list[Term]:
+    if "rand" not in t.operation and "empty" not in t.operation:
+        t.set_alike(out)
     return [t.uniform(int(n)) for n in out.shape]
 
 

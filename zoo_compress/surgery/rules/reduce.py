@@ -37,6 +37,7 @@ def _reduce(t: Tracer, out: Any, *, self: torch.Tensor, dim: int | Sequence[int]
     terms = t.dims(self)
     gone = dims_of(dim, len(terms))
     t.mixed.extend(terms[d] for d in gone)
+    t.reduced.extend(terms[d] for d in gone)
     kept = [1 if i in gone else term for i, term in enumerate(terms) if keepdim or i not in gone]
     if isinstance(out, torch.Tensor):
         return kept
