@@ -321,7 +321,8 @@ class Tracer:
 def _storage(tensor: torch.Tensor) -> int:
     """Identity of the memory a tensor reads, with data or without; of one that has no single memory, such as a sparse one, its own."""
     try:
-        return tensor.untyped_storage()._cdata
+        with torch._C.DisableTorchFunction():  # nothing that the model does
+            return tensor.untyped_storage()._cdata
     except (RuntimeError, NotImplementedError):
         return -id(tensor)
 
