@@ -1,4 +1,4 @@
-"""Analysis: run a model once on tensors without data and infer the layout of its parameters."""
+"""Analysis: run a model on tensors without data and infer the layout of its parameters."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ BATCH = 2  # a batch of one could be mistaken for a dimension to broadcast
 def analyze(model: nn.Module, example_input: torch.Tensor | None = None) -> Layout:
     """Infer the layout of a model: every dimension of every parameter and buffer in named axes.
 
-    The model runs once in eval mode, as a copy whose tensors have shapes and no data, so nothing is computed and nothing is changed.
+    The model runs in eval mode and in training mode, as a copy whose tensors have shapes and no data, so nothing is computed and nothing is
+    changed. What a model gives keeps its width, in both modes, whatever holds the tensors; only features of a timm model without classifier
+    may be fewer. What neither run reaches is frozen, with every width that it may share.
 
     Args:
         model: Any module; timm models know their input size.
