@@ -7,7 +7,7 @@ into one dimension, (elements, everything else), so that heads, groups and conca
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +24,7 @@ from ..structure.layout import Layout, parse
 from ..surgery.images import fitting
 from ..surgery.modules import clear_caches, copied, every_output
 from ..surgery.modules import statistics as running
+from ..surgery.uses import Weight, other_weights, plain_weights
 
 Data = Iterable[tuple[torch.Tensor, torch.Tensor]]
 Statistic = Callable[[nn.Module, Data], "dict[str, torch.Tensor]"]
@@ -153,6 +154,7 @@ def scores(
     statistics: dict[str, torch.Tensor] = {}
     if chosen.statistic is not None:
         statistics = gather(model, chosen.statistic, criterion, data)
+    others = [] if criterion == "random" else _rankable(other_weights(model, layout), model, layout, statistics, chosen)
     found = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -161,7 +163,7 @@ def scores(
             if criterion == "random":  # looks at nothing but how many elements there are
                 items = [_Item(SimpleNamespace(), list(range(layout.axes[name].size)), [])]
             else:
-                items = _items(model, layout, name, statistics, scorer)
+                items = _items(model, layout, name, statistics, scorer, others)
             group = _Group(items)
             score = scorer(group) if len(group) else None
             if score is not None and len(score) == layout.axes[name].size and bool(torch.isfinite(score).all()):
@@ -220,21 +222,40 @@ class _Group(list[_Item]):
     """What torch-pruning's importance classes need of a `torch_pruning.Group`."""
 
 
-def _items(model: nn.Module, layout: Layout, axis: str, statistics: dict[str, torch.Tensor], scorer: Any) -> list[_Item]:
+def _rankable(
+    weights: list[Weight], model: nn.Module, layout: Layout, statistics: dict[str, torch.Tensor], criterion: Criterion
+) -> list[Weight]:
+    """The weights as a criterion can rank them: where it needs gradients, the parameters they are computed of."""
+    if criterion.statistic is None:
+        return weights
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    found: dict[str, Weight] = {}
+    for weight in weights:
+        for name in sorted(weight.sources - plain_weights(model).keys() & statistics.keys()):
+            if tensors[name].ndim > 1:
+                # Where what is used is zero, so is what it is computed of: a criterion may look at the value apart from the gradient.
+                masked = weight.values.shape == tensors[name].shape and weight.dims == layout.params[name]
+                values = tensors[name] * (weight.values.to(tensors[name].device) != 0) if masked else tensors[name]
+                found.setdefault(name, Weight(values, layout.params[name], frozenset({name})))
+    return list(found.values())
+
+
+def _items(
+    model: nn.Module, layout: Layout, axis: str, statistics: dict[str, torch.Tensor], scorer: Any, others: Sequence[Weight]
+) -> list[_Item]:
+    """What an axis runs through: the plain weights of convolutions and linear layers, scales of norms, and all other weights."""
     from torch_pruning.pruner import function
 
     items = []
+    computed = {name for weight in others if len(weight.sources) > 1 for name in weight.sources}
     for path, module in model.named_modules():
         name = f"{path}.weight" if path else "weight"
         dims = layout.params.get(name)
-        if dims is None or not any(axis in terms.axes(parse(d)) for d in dims):
+        if dims is None or name in computed or not any(axis in terms.axes(parse(d)) for d in dims):
             continue
         if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
             outputs = 1 if getattr(module, "transposed", False) else 0
-            for d in (outputs, 1 - outputs):
-                rows = terms.positions(parse(dims[d]), layout.base_sizes, axis)
-                if len(rows):
-                    items.append(_weights(module.weight, d, rows, statistics.get(name), scorer, is_output=d == outputs))
+            items += _gathered(module.weight, dims, (outputs, 1 - outputs), layout, axis, statistics.get(name), scorer)
         elif isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)) and len(dims) == 1:
             labels = terms.labels(parse(dims[0]), layout.base_sizes, axis)
             handler = function.prune_layernorm_out_channels if isinstance(module, nn.LayerNorm) else function.prune_batchnorm_out_channels
@@ -246,6 +267,27 @@ def _items(model: nn.Module, layout: Layout, axis: str, statistics: dict[str, to
                 layer.weight.grad = statistics[name]
             positions = np.flatnonzero(labels >= 0)
             items.append(_Item(_dependency(layer, handler), positions.tolist(), labels[positions].tolist()))
+    for weight in others:
+        statistic = next((statistics[name] for name in weight.sources if name in statistics), None)
+        items += _gathered(weight.values, weight.dims, range(len(weight.dims)), layout, axis, statistic, scorer)
+    return items
+
+
+def _gathered(
+    weight: torch.Tensor,
+    dims: Sequence[str],
+    along: Iterable[int],
+    layout: Layout,
+    axis: str,
+    statistic: torch.Tensor | None,
+    scorer: Any,
+) -> list[_Item]:
+    """A weight once for each of its dimensions that the axis runs along; the first of those named is the outputs'."""
+    items = []
+    for i, d in enumerate(along):
+        rows = terms.positions(parse(dims[d]), layout.base_sizes, axis)
+        if len(rows):
+            items.append(_weights(weight, d, rows, statistic, scorer, is_output=i == 0))
     return items
 
 
@@ -254,6 +296,7 @@ def _weights(weight: torch.Tensor, dim: int, rows: np.ndarray, statistic: torch.
 
     def gathered(tensor: torch.Tensor) -> torch.Tensor:
         matrix = tensor.detach().movedim(dim, 0)[torch.from_numpy(rows)].reshape(len(rows), -1)
+        matrix = matrix if matrix.is_floating_point() else matrix.float()  # weights in integers
         return matrix if is_output else matrix.t()
 
     layer = nn.Linear(1, 1, bias=False, device="meta")

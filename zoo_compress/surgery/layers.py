@@ -21,6 +21,7 @@ from .kernels import Kernels
 from .modules import eval_copy, every_output, holders
 from .trace import default_input
 from .tracer import MODEL_ERRORS
+from .weights import refuse_computed
 
 
 @dataclass
@@ -71,7 +72,11 @@ def dense_layers(model: nn.Module, layout: Layout, example: torch.Tensor | None 
 
     Returns:
         Path → layer, and path → reason.
+
+    Raises:
+        CompressError: If a layer's weight is computed anew for every pass; see `weights.refuse_computed`.
     """
+    refuse_computed(model)
     found: dict[str, DenseLayer] = {}
     left: dict[str, str] = {}
     names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))

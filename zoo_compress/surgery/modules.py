@@ -259,12 +259,18 @@ def copied(model: M, instead: Mapping[int, Any] | None = None) -> M:
     """
     clear_caches(model)
     with torch.no_grad():
-        clone = copy.deepcopy(model, {**_copied_dictionaries(model), **(instead or {})})
+        clone = copy.deepcopy(model, {**_copied_dictionaries(model), **_cut_loose(model), **(instead or {})})
     for module, twin in zip(model.modules(), clone.modules(), strict=True):
         if isinstance(module, torch.jit.ScriptModule):  # whose copies are operations on its tensors
             for ours, theirs in zip(module.parameters(), twin.parameters(), strict=True):
                 theirs.requires_grad_(ours.requires_grad)
     return clone
+
+
+def _cut_loose(model: nn.Module) -> dict[int, Any]:
+    """A memo for `copy.deepcopy(model, memo)` with copies of the tensors that hang in a graph, such as a weight that a hook computed."""
+    values = (value for module in model.modules() for value in vars(module).values())
+    return {id(value): value.detach().clone() for value in values if isinstance(value, torch.Tensor) and not value.is_leaf}
 
 
 def _copied_dictionaries(model: nn.Module) -> dict[int, Any]:

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from ..errors import CompressError
 from .elastic import Elastic
@@ -24,13 +27,15 @@ def layer_weights(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, nn
 
     Raises:
         CompressError: If a pattern is none, or matches none of them, or nothing is left; or if the model is a bank of several widths, whose
-            weights are trained as a whole, or compiled.
+            weights are trained as a whole, or compiled, or if a layer's weight is computed anew for every pass (a mask, a norm, a
+            parametrization): the error says which call ends that.
     """
     if not isinstance(model, nn.Module):
         raise CompressError(f"expected a model, found {type(model).__name__}")
     refuse_wrapped(model)
     if isinstance(model, Elastic):
         raise CompressError(f"expected a network of one width, found {type(model).__name__} of several; use what its export() gives")
+    refuse_computed(model)
     found: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
     for path, module in model.named_modules():
@@ -52,6 +57,39 @@ def layer_weights(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, nn
     if not left:
         raise CompressError(f"{type(model).__name__}: expected weights of convolutions or linear layers, found none")
     return left
+
+
+def refuse_computed(model: nn.Module) -> None:
+    """Refuse convolutions and linear layers whose weight is computed anew for every pass: what a method would put there would be lost.
+
+    Weights that this package wraps for training are its own business.
+
+    Raises:
+        CompressError: Naming the first such layer and the call that makes its weight a parameter again.
+    """
+    for path, module in model.named_modules():
+        if not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) or "weight" in module._parameters or "weight" in module._buffers:
+            continue
+        if parametrize.is_parametrized(module, "weight"):
+            kinds = [type(step) for step in module.parametrizations["weight"]]  # type: ignore[index]
+            if any(kind.__module__.partition(".")[0] == __name__.partition(".")[0] for kind in kinds):
+                continue
+            what, call = kinds[-1].__name__.lstrip("_"), "parametrize.remove_parametrizations"
+        else:
+            what, call = next(filter(None, map(_remedy, module._forward_pre_hooks.values())), ("a hook", ""))
+        where = f"model.get_submodule({path!r})" if path else "model"
+        name = "" if "norm" in call else ", 'weight'"
+        remedy = f"call torch.nn.utils.{call}({where}{name}) first" if call else "make it a parameter first"
+        raise CompressError(f"{path or type(module).__name__}: its weight is computed by {what} before every pass; {remedy}")
+
+
+def _remedy(hook: object) -> tuple[str, str] | None:
+    """What a hook of torch's that computes a weight is, and what of torch.nn.utils removes it."""
+    if isinstance(hook, BasePruningMethod):
+        return f"the mask of {type(hook).__name__}", "prune.remove"
+    if isinstance(hook, WeightNorm):
+        return "weight_norm", "remove_weight_norm"
+    return ("spectral_norm", "remove_spectral_norm") if isinstance(hook, SpectralNorm) else None
 
 
 def check_finite(weight: Tensor, name: str, what: str) -> None:
