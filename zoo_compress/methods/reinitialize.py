@@ -18,7 +18,7 @@ from ..errors import CompressError
 from ..structure.packed import Packing
 from ..surgery.masks import apply_, masks_of
 from ..surgery.modules import copied, statistics, takes_model
-from ..surgery.origin import forget_packed, origin, packed_of
+from ..surgery.origin import forget_packed, fresh_base, packed_of
 from ..training.task import ChangeConfig
 
 # Deviation times the root of the fan, of initialisations whose deviation follows the fan: He et al. 2015, LeCun et al. 1998, and torch's
@@ -55,14 +55,14 @@ def reinitialize(model: nn.Module, seed: int = 0) -> nn.Module:
     Raises:
         CompressError: If it is none, or a layer has no way to initialise itself.
     """
-    source = origin(model)
-    if source is None:
+    base = fresh_base(model)
+    if base is None:
         raise CompressError(f"reinitialize: expected a model made by timm, which says what it is made of; {type(model).__name__} does not")
     fresh = copied(model)
     kept = {name for names in statistics(fresh).values() for name in names}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        start = create_model(source.base, **source.args, **source.live).state_dict(keep_vars=True)
+        start = create_model(base[0], **base[1]).state_dict(keep_vars=True)
         laws = _laws(start.values())
         _reset_others(fresh, start.keys())
         for name, tensor in fresh.named_parameters():

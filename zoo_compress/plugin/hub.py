@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from safetensors.torch import save_file
 from timm.models import is_model
 from timm.models._hub import save_config_for_hf
@@ -20,12 +21,13 @@ from torch import Tensor, nn
 
 from ..errors import CompressError, VariantError
 from ..structure.variant import OPTIONS, Variant
-from ..surgery import factors
+from ..surgery import factors, freezing
 from ..surgery.elastic import Elastic
-from ..surgery.modules import classifiers, takes_model
-from ..surgery.origin import packed_of, variant_of
+from ..surgery.modules import classifiers, own, takes_model
+from ..surgery.origin import architecture_of, is_backbone, origin, packed_of, variant_of
 from ..surgery.packing import assignments, pack_state
 from ..surgery.restore import present
+from .roundtrip import REMEDY, check_same, first_difference
 from .weights import CONFIG, DIGEST, TIED, WEIGHTS, digest
 
 _logger = logging.getLogger(__name__)
@@ -37,6 +39,13 @@ def save(model: nn.Module, directory: str | Path) -> None:
 
     `timm.create_model("local-dir:<directory>", pretrained=True)` reads it, given `import zoo_compress` for compressed ones.
 
+    What was written is created again and run beside the model on two images, in eval mode, in its own precision, device and memory format:
+    every module must give the same to the bit, or nothing is saved. This takes about two forward passes and, while it lasts, the memory
+    of one more copy of the model. What only training tells apart is not compared: timm stores no drop rates.
+
+    BatchNorms that timm's `freeze` froze come back frozen. A model that is not compressed otherwise then becomes one of
+    zoo_compress's names, as a `<architecture>__pruned` from which nothing was removed: plain timm would not freeze them.
+
     Both files are complete on disk before either gets its name, weights first. Should the process die between the two renames, the
     directory holds new weights beside the old config: the config carries the hash of its own weights, so a compressed model is then
     refused rather than loaded as something it is not, until it is saved again. Other files in the directory are left alone.
@@ -46,22 +55,23 @@ def save(model: nn.Module, directory: str | Path) -> None:
         directory: Made if it does not exist.
 
     Raises:
-        CompressError: If timm did not make the model, cannot describe it, or cannot make it again (its blocks were merged since), or the
-            directory cannot be written. Nothing half-written stays behind.
+        CompressError: If timm did not make the model, cannot describe it, or makes another one of what was written (layers were replaced,
+            their numbers changed, blocks merged since); the message names the first module that differs and what to do. If the directory
+            cannot be written. Nothing half-written stays behind.
     """
     _check_saveable(model)
+    variant = _record(model)
     directory = Path(directory)
     made = not directory.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as scratch:
             weights, config = Path(scratch, WEIGHTS), Path(scratch, CONFIG)
-            tensors, tied = _tensors(model)
+            tensors, tied = _tensors(model, once=variant is not None)
             save_file(_packed(model, tensors), weights, metadata={"format": "pt"})
-            config.write_text(_config(model, digest(weights), tied, config), encoding="utf-8")
+            config.write_text(_config(model, variant, digest(weights), tied, config), encoding="utf-8")
             shutil.copymode(config, weights)  # safetensors writes for the owner alone
-            if variant_of(model) is not None:
-                _check_loads(Path(scratch))
+            check_same(model, _created(model, Path(scratch)))
             for path in (weights, config):
                 _flush(path)
                 os.replace(path, directory / path.name)
@@ -115,12 +125,19 @@ def _check_saveable(model: nn.Module) -> None:
     what = type(model).__name__
     if not isinstance(model, nn.Module):
         raise CompressError(f"save: expected a model, found {what}")
-    cfg = getattr(model, "pretrained_cfg", None)
-    architecture = cfg.get("architecture") if isinstance(cfg, Mapping) else None
-    if not isinstance(architecture, str) or not is_model(architecture):
-        raise CompressError(f"save: expected a model made by timm, which can create it again by name; {what} has no architecture")
-    if not hasattr(model, "num_classes"):
-        raise CompressError(f"save: expected a whole model, found the feature extractor {what} of {architecture}")
+    architecture = architecture_of(model)
+    if architecture is None:
+        raise CompressError(
+            f"save: expected a model made by timm, which can create it again by name; {what} has no architecture of its own. If there is a "
+            "model of timm's inside, save that"
+        )
+    if is_backbone(model) or own(model, "num_classes") is None:
+        raise CompressError(
+            f"save: expected a whole model, found the feature extractor {what} of {architecture}. Compress and save the model without "
+            "features_only=True; what is saved can be created with it"
+        )
+    if origin(model) is None:
+        raise CompressError(f"save: expected the model that timm made, found a {what} around a {architecture}: save the model inside")
     variant = variant_of(model)
     if isinstance(model, Elastic) and variant is None:
         raise CompressError(f"save: {what} is for training only; save what its export() gives")
@@ -128,23 +145,45 @@ def _check_saveable(model: nn.Module) -> None:
         raise VariantError(f"save: the model's record is of {variant.architecture}, its cfg of {architecture}")
 
 
-def _check_loads(directory: Path) -> None:
+def _record(model: nn.Module) -> Variant | None:
+    """What is to be said of the model beside timm's own arguments."""
+    variant = variant_of(model)
+    if variant is not None:
+        return _as_it_is(model, variant)
+    source = origin(model)
+    frozen = freezing.frozen(model)
+    if not frozen or source is None:
+        return None
+    return Variant(method="pruned", base=source.base, base_args=source.args, sizes={}, params={}, frozen=frozen)
+
+
+def _created(model: nn.Module, directory: Path) -> nn.Module:
+    # Creating a model draws random numbers, which are not the user's.
+    with torch.random.fork_rng(devices=()):
+        try:
+            return timm.create_model(f"local-dir:{directory}", pretrained=True)
+        except Exception as error:
+            reason = _why_another(model, directory) or str(error).replace(f"{directory}{os.sep}", "").replace("\n", " ")
+            raise CompressError(f"save: timm creates another model by this name than the one given: {reason}. {REMEDY}") from error
+
+
+def _why_another(model: nn.Module, directory: Path) -> str | None:
+    """What is different about the model that timm creates without the weights, if it creates one."""
     try:
-        timm.create_model(f"local-dir:{directory}", pretrained=True)
-    except CompressError as error:
-        reason = str(error).replace(f"{directory}{os.sep}", "")
-        raise CompressError(
-            f"save: timm creates another model by this name than the one given ({reason}). Were its blocks merged (reparameterize, fuse) "
-            "or replaced after timm created it? Save it before that, and merge after loading."
-        ) from error
+        with torch.device("meta"):
+            return first_difference(model, timm.create_model(f"local-dir:{directory}"))
+    except Exception:  # a record of another model
+        return None
 
 
-def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _tensors(model: nn.Module, *, once: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The state as safetensors wants it: dense, on the CPU, no two in one storage. And which names stand for which others' tensors.
 
-    timm alone expects a tensor for every name, and reads ordinary models; so it is compressed ones whose tied tensors are written once.
+    Args:
+        model: The model.
+        once: Whether tied tensors are written once. timm alone expects a tensor for every name, and reads ordinary models; so it is
+            compressed ones for which this is done.
     """
-    once = variant_of(model) is not None
     first: dict[tuple[Any, ...], str] = {}
     storages: set[int] = set()
     tensors, tied = {}, {}
@@ -173,15 +212,15 @@ def _packed(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
     return pack_state(tensors, packed)
 
 
-def _config(model: nn.Module, weights_digest: str, tied: Mapping[str, str], scratch: Path) -> str:
+def _config(model: nn.Module, variant: Variant | None, weights_digest: str, tied: Mapping[str, str], scratch: Path) -> str:
     """What timm writes for the model, without the options that made it, which the record replaces, and with what is said of the weights."""
     save_config_for_hf(model, str(scratch))
     config = json.loads(scratch.read_text())
     args = config.get("model_args", {})
-    variant = variant_of(model)
     if variant is not None:
-        kept = {key: value for key, value in args.items() if key not in OPTIONS}
-        config["model_args"] = {**kept, "variant": _as_it_is(model, variant).to_dict()}
+        kept = {key: value for key, value in args.items() if key not in OPTIONS and key not in variant.base_args}
+        config["architecture"] = variant.architecture
+        config["model_args"] = {**kept, "variant": variant.to_dict()}
     config[DIGEST] = weights_digest
     if tied:
         config[TIED] = tied
@@ -190,7 +229,8 @@ def _config(model: nn.Module, weights_digest: str, tied: Mapping[str, str], scra
 
 def _as_it_is(model: nn.Module, variant: Variant) -> Variant:
     """What a record says of the model now, whose classifier may have been taken away or made anew since."""
-    live = present(model, variant).model_copy(update={"factors": factors.present(model, variant.factors)})
+    own = {"factors": factors.present(model, variant.factors), "frozen": freezing.frozen(model)}
+    live = present(model, variant).model_copy(update=own)
     if not live.sizes:
         return live
     heads = classifiers(model, model.pretrained_cfg.get("classifier"))  # type: ignore[union-attr, operator]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import CompressError, VariantError
 from ..methods.exiting import attach_exits_
 from ..structure.variant import OPTIONS, Variant
-from ..surgery import blocks, factors
+from ..surgery import blocks, factors, freezing
 from ..surgery.masks import mask_
 from ..surgery.modules import classifiers, listed
 from ..surgery.origin import origin, rename_packed
@@ -317,6 +317,7 @@ def restored(
         for name in fitting.packed:  # random weights are whole, even where they begin as zero
             weight = built.model.get_parameter(name)
             mask_(weight, torch.ones_like(weight, dtype=torch.bool))
+        freezing.freeze_(built.model, fitting.frozen)
         load(built)
         packed.update((name, built.model.get_parameter(name)) for name in fitting.packed)
 

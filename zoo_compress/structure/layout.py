@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from .cost import Polynomial
 
 Widths: TypeAlias = Mapping[str, "int | Sequence[int] | np.ndarray"]
 """A choice of widths: axis → its new size (the first elements stay), or the indices kept, in their new order."""
+
+T = TypeVar("T")
 
 parse = lru_cache(maxsize=65536)(terms.parse)
 
@@ -94,6 +96,30 @@ class Layout:
         """Share of the parameters that a free axis runs along, in 0…1."""
         sizes = {name: math.prod(terms.size(parse(dim), self.base_sizes) for dim in self.params[name]) for name in self.trained}
         return sum(size for name, size in sizes.items() if self.moves(name)) / max(sum(sizes.values()), 1)
+
+    def part(self, path: str) -> Layout:
+        """What the layout says of the tensors and numbers of one module, by their names in it; an empty path is the whole model.
+
+        Its costs, links, inputs and outputs are those of the whole, and are left out.
+        """
+        if not path:
+            return self
+        prefix = f"{path}."
+
+        def inside(entries: Mapping[str, T]) -> dict[str, T]:
+            return {name.removeprefix(prefix): value for name, value in entries.items() if name.startswith(prefix)}
+
+        params, attributes, scales = inside(self.params), inside(self.attributes), inside(self.scales)
+        texts = (*(dim for dims in params.values() for dim in dims), *attributes.values(), *scales.values())
+        used = {str(axis) for text in texts for axis in terms.axes(parse(text))}
+        return Layout(
+            params=params,
+            axes={name: axis for name, axis in self.axes.items() if name in used},
+            attributes=attributes,
+            scales=scales,
+            trained=frozenset(name.removeprefix(prefix) for name in self.trained if name.startswith(prefix)),
+            normalised=self.normalised & used,
+        )
 
     def settled(self) -> Layout:
         """The same layout with a number in place of every axis that may not change."""

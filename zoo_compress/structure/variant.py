@@ -58,6 +58,7 @@ class Variant(BaseModel):
         removed: Paths of residual blocks of the base that are the identity.
         packed: Parameter name → which zeros and shared values it keeps, for those that keep any.
         factors: Path of a layer of the base → the two that take its place, which `params` describes then.
+        frozen: Paths of BatchNorms of the base that are frozen, as timm's `freeze_batch_norm_2d` makes them.
         provenance: Recipe, seed, versions, hash of the parent checkpoint, … as JSON scalars.
     """
 
@@ -76,6 +77,7 @@ class Variant(BaseModel):
     removed: Annotated[tuple[Path, ...], Field(strict=False, max_length=MAX_ENTRIES)] = ()
     packed: dict[Path, Packing] = Field(default={}, max_length=MAX_ENTRIES)
     factors: dict[Path, Factor] = Field(default={}, max_length=MAX_ENTRIES)
+    frozen: Annotated[tuple[Path, ...], Field(strict=False, max_length=MAX_ENTRIES)] = ()
     provenance: dict[Name, Scalar] = Field(default={}, max_length=256)
 
     @field_validator("base_args")
@@ -132,7 +134,7 @@ class Variant(BaseModel):
 
     def to_dict(self) -> dict[str, Any]:
         """The record as JSON values, for `config.json`. It does not mention what the model has none of: a bank, exits, …"""
-        optional = ("bank", "exits", "removed", "packed", "factors")
+        optional = ("bank", "exits", "removed", "packed", "factors", "frozen")
         return self.model_dump(mode="json", exclude={name for name in optional if not getattr(self, name)})
 
     @classmethod

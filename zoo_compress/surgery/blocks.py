@@ -266,7 +266,7 @@ def _not_linear(model: nn.Module, blocks: dict[str, Block], image: torch.Tensor)
     refused: dict[str, str] = {}
     clone = eval_copy(model, "cpu").requires_grad_(False)
 
-    def hook(path: str, end: str) -> Value:
+    def hook(path: str, end: str) -> Callable[..., None]:
         def compare(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
             twice = copy.deepcopy(module)
             twice._forward_hooks.clear()

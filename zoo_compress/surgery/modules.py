@@ -273,6 +273,11 @@ def _cut_loose(model: nn.Module) -> dict[int, Any]:
     return {id(value): value.detach().clone() for value in values if isinstance(value, torch.Tensor) and not value.is_leaf}
 
 
+def twin(model: M) -> M:
+    """A copy of a model that shares its parameters: it may run, and what it keeps in buffers stays its own. See `copied`."""
+    return copied(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
 def _copied_dictionaries(model: nn.Module) -> dict[int, Any]:
     """A memo for `copy.deepcopy(model, memo)` with copies of the empty dictionaries of its modules.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from ..errors import CompressError
 from ..structure.packed import Packing
 from ..structure.variant import OPTIONS, Variant
+from .modules import own
 
 # timm reads these off the live model whenever it saves one.
 _TRACKED = ("num_classes", "in_chans", "global_pool", "img_size")
@@ -39,34 +40,83 @@ class Origin:
 
 
 def origin(model: nn.Module) -> Origin | None:
-    """Origin of a model that timm's factory made, compressed or not; None for any other module.
+    """Origin of a whole model that timm's factory made, compressed or not; None for any other module.
+
+    What timm makes with `features_only=True` is the part of a model, under other names: no record describes it. Nor is a wrapper what timm
+    made, though it may hand on, or copy, what the model inside it says of itself.
 
     Raises:
         VariantError: If the model carries a record that is none.
     """
-    cfg = getattr(model, "pretrained_cfg", None)
-    architecture = cfg.get("architecture") if isinstance(cfg, Mapping) else None
-    if not architecture or not is_model(architecture):
+    architecture = architecture_of(model)
+    if architecture is None or is_backbone(model):
         return None
-    args = dict(getattr(model, "_model_args", {}))
-    stored = args.get("variant")
-    previous = Variant.from_dict(stored) if stored is not None else None
+    inside = (architecture_of(part) for part in model.modules() if part is not model)
+    if any(name is not None and _base(name) == _base(architecture) for name in inside):
+        return None
+    args = dict(own(model, "_model_args") or {})
+    previous = variant_of(model)
     # As a file has them: tuples are lists there.
-    own = {name: json.loads(json.dumps(value)) for name, value in args.items() if _describes_base(name, value)}
+    described = {name: json.loads(json.dumps(value)) for name, value in args.items() if _describes_base(name, value)}
     live = {name: value for name, value in get_model_args(model).items() if name in _TRACKED}
     if previous is None:
-        return Origin(architecture, own, None, live)
-    return Origin(previous.base, {**previous.base_args, **own}, previous, live)
+        return Origin(architecture, described, None, live)
+    return Origin(previous.base, {**previous.base_args, **described}, previous, live)
 
 
 def variant_of(model: nn.Module) -> Variant | None:
-    """The record a compressed model carries; None for any other.
+    """The record a compressed model carries, or a backbone made of one; None for any other.
 
     Raises:
         VariantError: If the record is none.
     """
+    if architecture_of(model) is None:
+        return None
+    stored = (own(model, "_model_args") or {}).get("variant")
+    return Variant.from_dict(stored) if stored is not None else None
+
+
+def architecture_of(model: nn.Module) -> str | None:
+    """The name in timm's registry that a model says it has; None if it says none."""
+    cfg = own(model, "pretrained_cfg")
+    architecture = cfg.get("architecture") if isinstance(cfg, Mapping) else None
+    return architecture if isinstance(architecture, str) and is_model(architecture) else None
+
+
+def _base(architecture: str) -> str:
+    return architecture.partition("__")[0]
+
+
+def fresh_base(model: nn.Module) -> tuple[str, dict[str, Any]] | None:
+    """What to ask timm's factory for to get the uncompressed base of a model, or of a backbone, anew; None if timm did not make it."""
     source = origin(model)
-    return source.previous if source else None
+    if source is not None:
+        return source.base, {**source.args, **source.live}
+    architecture = architecture_of(model)
+    if architecture is None or not is_backbone(model):
+        return None
+    variant = variant_of(model)
+    args = {name: value for name, value in own(model, "_model_args").items() if name not in OPTIONS}
+    return (architecture, args) if variant is None else (variant.base, {**variant.base_args, **args})
+
+
+def is_backbone(model: nn.Module) -> bool:
+    """Whether timm made a model to give features alone (`features_only=True`)."""
+    return bool((own(model, "_model_args") or {}).get("features_only"))
+
+
+def parts(model: nn.Module) -> Iterator[tuple[str, nn.Module, Origin]]:
+    """The whole models of timm's in a model, with their paths: itself, or those inside what somebody put around them."""
+    done: list[str] = []
+    for path, module in model.named_modules():
+        if any(path.startswith(f"{outer}.") for outer in done):
+            continue
+        source = origin(module)
+        if source is not None:
+            yield path, module, source
+            if not path:
+                return
+            done.append(path)
 
 
 def for_training(name: str) -> bool:
@@ -84,7 +134,7 @@ def stamp(model: nn.Module, variant: Variant) -> None:
     cfg = {name: value for name, value in model.pretrained_cfg.items() if name not in _SOURCES}  # type: ignore[operator, union-attr]
     cfg.update(architecture=variant.architecture, custom_load=False, label_offset=None)
     model.pretrained_cfg = model.default_cfg = cfg  # type: ignore[assignment]
-    args = getattr(model, "_model_args", {})
+    args = own(model, "_model_args") or {}
     kept = {name: value for name, value in args.items() if name not in variant.base_args and name not in OPTIONS}
     there = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     variant = variant.model_copy(update={"packed": {name: packing for name, packing in variant.packed.items() if name in there}})

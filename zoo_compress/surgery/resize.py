@@ -11,7 +11,7 @@ from ..structure import terms
 from ..structure.layout import Layout, Widths, parse
 from ..structure.variant import record
 from .modules import copied, make_persistent, set_attribute, takes_model
-from .origin import origin, stamp
+from .origin import parts, stamp
 from .tracer import named_tensors
 
 
@@ -25,8 +25,8 @@ def resize(model: nn.Module, layout: Layout, widths: Widths) -> nn.Module:
         widths: Axis → its new size (the first elements stay) or the indices that stay, in their new order.
 
     Returns:
-        A new module of the same class, on the same device and in the same mode. A model of timm's says of itself that it is
-        `<architecture>__pruned`, and saves and reloads as that.
+        A new module of the same class, on the same device and in the same mode. A model of timm's, also one inside the module, says of
+        itself that it is `<architecture>__pruned`, and saves and reloads as that.
 
     Raises:
         WidthError: If the layout does not admit the widths, or is not the layout of this model.
@@ -37,13 +37,15 @@ def resize(model: nn.Module, layout: Layout, widths: Widths) -> nn.Module:
         raise WidthError(f"axis {grown[0]!r}: expected at most its {layout.axes[grown[0]].size} elements, found {sizes[grown[0]]}")
     layout.check_links(widths)
     check_fits(model, layout)
-    source = origin(model)
+    made = list(parts(model))
     resized = changed_copy(model, layout, widths)
     for name in layout.params:
         if layout.moves(name):
             make_persistent(resized, name)
-    if source is not None:
-        stamp(resized, record(layout, sizes, method="pruned", base=source.base, base_args=source.args, previous=source.previous))
+    for path, _, source in made:
+        own = layout.part(path)
+        stated = record(own, sizes, method="pruned", base=source.base, base_args=source.args, previous=source.previous)
+        stamp(resized.get_submodule(path), stated)
     return resized
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import VariantError
 from ..structure.layout import Axis, Layout
 from ..structure.variant import Variant
+from . import freezing
 from .modules import clear_caches, get_attribute, get_tensor, make_persistent, set_attribute, set_tensors
 from .tracer import named_tensors
 
@@ -87,6 +88,7 @@ def check(model: nn.Module, variant: Variant) -> None:
     for name in variant.packed:
         if name not in parameters or not parameters[name].is_floating_point():
             raise VariantError(f"variant.packed[{name!r}]: {variant.base} has no such parameter")
+    freezing.check(model, variant.frozen)
 
 
 def recorded_layout(model: nn.Module, variant: Variant) -> Layout:
@@ -131,6 +133,7 @@ def present(model: nn.Module, variant: Variant) -> Variant:
             "attributes": {path: term for path, term in variant.attributes.items() if has(path, get_attribute)},
             "scales": {path: term for path, term in variant.scales.items() if has(path, get_attribute)},
             "packed": {name: packing for name, packing in variant.packed.items() if has(name, get_tensor)},
+            "frozen": tuple(path for path in variant.frozen if has(path, nn.Module.get_submodule)),
         }
     )
 
