@@ -29,7 +29,7 @@ def test_every_line_is_what_infer_does(confidence):
     net, held_out, test = make(), batches(1), batches(2)
     points = {point.label: point for point in curve(net, held_out, test, budgets=(0.01, 0.6, 1.0), confidence=confidence)}
     assert list(points) == ["exit 0", "exit 1", "end", "budget 1%", "budget 60%", "budget 100%"]
-    costs, base = net.costs(), net._costs()[1]
+    costs, base = net.costs(), net.all_costs().base
     targets = torch.cat([target for _, target in test])
 
     def top1(**arguments):

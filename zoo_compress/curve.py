@@ -14,7 +14,7 @@ from torch import nn
 from .errors import CompressError
 from .record import aligned
 from .structure.exits import Confidence, budgeted
-from .surgery.exits import ExitsModel
+from .surgery.exits import Costs, ExitsModel
 from .surgery.images import fitting
 from .surgery.leaving import MEASURES
 from .surgery.modules import evaluating
@@ -82,32 +82,30 @@ def curve(
         for width in sorted(adjustable.knobs().get("width", (None,)), key=lambda width: -(width or 1)):
             if width is not None:
                 adjustable.set_width(width)
-            costs, base = net._costs()
-            whole = whole or base
+            costs = net.all_costs()
+            whole = whole or costs.base
             found += _points(_seen(net, held_out, confidence), _seen(net, test, confidence), costs, whole, budgets, width)
     finally:
         adjustable.use(before)
     return found
 
 
-def _points(
-    held_out: _Seen, test: _Seen, costs: tuple[int, ...], whole: float, budgets: Sequence[float], width: float | None
-) -> list[Point]:
+def _points(held_out: _Seen, test: _Seen, costs: Costs, whole: float, budgets: Sequence[float], width: float | None) -> list[Point]:
     top1 = 100 * test.right.mean(0)
-    exits = len(costs) - 1
+    exits = len(costs.alone) - 1
     found = []
-    for i, cost in enumerate(costs):
+    for i, cost in enumerate(costs.alone):
         fractions = tuple(float(i == k) for k in range(exits + 1))
         found.append(Point(f"exit {i}" if i < exits else "end", width, cost, cost / whole, float(top1[i]), fractions))
     for budget in budgets:
         label = f"budget {budget:.0%}"
         try:
-            thresholds = budgeted(held_out.confidence, costs, budget * whole).thresholds
+            thresholds = budgeted(held_out.confidence, costs.batch, budget * whole).thresholds
         except CompressError:  # out of reach, at this width
             found.append(Point(label, width, None, None, None, ()))
             continue
         left = _left(test.confidence, thresholds)
-        macs = float(np.asarray(costs)[left].mean())
+        macs = float(np.asarray(costs.batch)[left].mean())
         right = float(100 * test.right[np.arange(len(left)), left].mean())
         shares = np.bincount(left, minlength=exits + 1) / len(left)
         found.append(Point(label, width, macs, macs / whole, right, tuple(shares.tolist())))

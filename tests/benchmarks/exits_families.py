@@ -6,9 +6,10 @@ For each model, in a process of its own with a limit of time (`--limit` seconds)
 
 - attached: `<name>__exits` with as many exits as asked for, or fewer where the model has fewer places, and says so;
 - trained: one step of SGD on a batch of two through `zc.ExitsTask`; every exit gives finite logits and every head a gradient;
-- leaving: five samples with thresholds at which they leave at different exits. The logits of all equal those they get alone, and those of
-  the whole batch at the exit where each leaves, to a thousandth (L2). Weights are random ones that make logits differ between samples
-  (`initial` where those give none that do, and statistics are estimated): equal logits prove nothing where all samples have the same;
+- leaving (`let_go` exits let them leave the batch; at the others they are computed along): five samples with thresholds at which they
+  leave at different exits. The logits of all equal those they get alone, and those of the whole batch at the exit where each leaves, to a
+  thousandth (L2). Weights are random ones that make logits differ between samples (`initial` where those give none that do, and statistics
+  are estimated): equal logits prove nothing where all samples have the same;
 - reloaded: saved and created again by plain `timm.create_model`, all logits equal bit by bit, at the same thresholds too.
 
 Images are of 96×96 where the model takes such (`--size`), else of its own size. Results go to a CSV file as they come; started again
@@ -45,7 +46,7 @@ from zoo_compress.surgery.leaving import max_softmax
 from zoo_compress.surgery.verify import randomise_
 
 STEPS = ("attached", "trained", "leaving", "reloaded")
-FIELDS = ("family", "name", *STEPS, "exits", "size", "weights", "difference", "seconds", "error")
+FIELDS = ("family", "name", *STEPS, "exits", "let_go", "size", "weights", "difference", "seconds", "error")
 SAMPLES = 5
 TOLERANCE = 1e-3
 FAINT = 1e-3
@@ -68,6 +69,7 @@ def _steps(name: str, size: int | None, wanted: int, weights: str) -> Iterator[t
     torch.manual_seed(0)
     net: Any = _created(name, size, wanted)
     yield "exits", str(len(net.exits))
+    yield "let_go", str(sum(net.leaving))
     yield "size", "×".join(map(str, net.pretrained_cfg["input_size"]))
     yield "attached", "yes"
     shape = net.pretrained_cfg["input_size"]
@@ -190,8 +192,13 @@ def works(row: dict[str, Any]) -> bool:
 def report(rows: list[dict[str, Any]]) -> None:
     """Print how many models come how far, the reasons of failures, and a line for each of these."""
     seconds = [float(row["seconds"]) for row in rows] or [0.0]
-    print("| models | " + " | ".join(STEPS) + " | seconds (median, most) |\n" + "|---" * (len(STEPS) + 2) + "|")
+    heads = ("models", *STEPS, "samples leave the batch at an exit", "at all exits", "seconds (median, most)")
+    print(f"| {' | '.join(heads)} |\n" + "|---" * len(heads) + "|")
     cells = [str(sum(row[step] == "yes" for row in rows)) for step in STEPS]
+    cells += [
+        str(sum(works(row) and int(row["let_go"] or 0) >= least(row) for row in rows))
+        for least in (lambda _: 1, lambda row: int(row["exits"]))
+    ]
     print(f"| {len(rows)} | {' | '.join(cells)} | {statistics.median(seconds):.0f}, {max(seconds):.0f} |")
     failed = [row for row in rows if not works(row)]
     if failed:

@@ -5,6 +5,7 @@ import re
 import pytest
 import timm
 import torch
+from torch import nn
 
 import zoo_compress as zc
 from zoo_compress.errors import CompressError
@@ -146,9 +147,38 @@ def test_a_module_that_runs_twice_is_refused():
         chosen(twice, ("layer1.0.act2",))
 
 
-def test_inside_a_residual_block_what_is_added_later_shrinks_too(model):
-    from zoo_compress.surgery.places import choose
+def test_inside_a_residual_block_rows_are_held(model):
+    exits, boundaries = choose(model, default_input(model), ("layer2.0.conv1", "layer3"))
+    assert [exit.place for exit in exits] == ["layer2.0.conv1", "layer3"]
+    assert [boundary is None for boundary in boundaries] == [True, False]
 
-    exits, boundaries = choose(model, default_input(model), ("layer2.0.conv1",))
-    assert exits[0].place == "layer2.0.conv1"
-    assert boundaries[0].alive
+
+class Counting(nn.Module):
+    """Six blocks of equal cost; after the first three, the size of the batch is kept as a number until the end."""
+
+    num_classes = 5
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Conv2d(8, 8, 1) for _ in range(6))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        for block in self.blocks[:3]:
+            x = block(x)
+        samples = x.shape[0]
+        for block in self.blocks[3:]:
+            x = block(x)
+        return self.head(x.reshape(samples, 8, -1).mean(2))
+
+
+def test_where_rows_are_held_is_chosen_last():
+    model, example = Counting(), torch.empty(2, 8, 4, 4)
+
+    def found(wanted):
+        exits, boundaries = choose(model, example, wanted)
+        return [(exit.place, boundary is not None) for exit, boundary in zip(exits, boundaries, strict=True)]
+
+    assert found(1) == [("blocks.2", True)]
+    assert found((0.17, 0.5)) == [("blocks.0", True), ("blocks.2", True)]
+    assert found((0.3, 0.85)) == [("blocks.1", True), ("blocks.4", False)]

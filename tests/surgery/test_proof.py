@@ -1,10 +1,13 @@
 """Where rows can leave a batch: small models, each with one way of holding on to it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from zoo_compress.errors import AnalysisError
+from zoo_compress.surgery.leaving import Decision, Leaving
 from zoo_compress.surgery.proof import Trial
 from zoo_compress.surgery.rows import Stop, Visitor, run, select, set_taps
 
@@ -94,6 +97,51 @@ class GivesTuples(Net):
         return self.head(self.b(found["x"][0] + flat.unflatten(0, (-1, 8))).mean(1))
 
 
+class Mean(nn.Module):
+    """A head: the mean of all positions, five times."""
+
+    def forward(self, x):
+        return x.flatten(1).mean(1, keepdim=True).expand(-1, 5)
+
+
+class Exits(nn.Module):
+    """A model, followed by two more layers at which rows leave."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.c, self.d, self.head = net, nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 5)
+
+    def forward(self, x):
+        return self.head(self.d(self.c(self.net(x))))
+
+
+PLACES = ["net.a", "c", "d"]
+
+
+class Seen(Visitor):
+    def __init__(self):
+        self.outputs = []
+
+    def at(self, index, output):
+        self.outputs.append(output.clone() if isinstance(output, torch.Tensor) else output)
+
+
+class Wanted(Decision):
+    """Lets samples leave at the exits it was told; the head's logits say nothing."""
+
+    def __init__(self, exits):
+        self.exits = exits
+
+    def asks(self, index):
+        return True
+
+    def leave(self, index, logits):
+        return self.exits == index
+
+    def keep(self, stay):
+        self.exits = self.exits[stay]
+
+
 class Keep(Visitor):
     def __init__(self, boundary, stay):
         self.boundary, self.stay = boundary, torch.tensor(stay)
@@ -105,7 +153,7 @@ class Keep(Visitor):
 IMAGE = torch.empty(2, 8, 4)
 
 
-@pytest.mark.parametrize("kind", [Net, Residual, Count, Shape, FoldedBySample, InAList, GivesTuples])
+@pytest.mark.parametrize("kind", [Net, GivesTuples])
 @pytest.mark.parametrize("stay", [[0, 2, 3], [4], [1, 0]])
 def test_rows_that_stay_get_what_they_get_alone(kind, stay):
     model = kind().eval()
@@ -114,32 +162,41 @@ def test_rows_that_stay_get_what_they_get_alone(kind, stay):
     before = x.clone()
     set_taps(model, ["a"])
     with torch.no_grad():
-        found = run(model, Keep(boundary, stay), x.detach())
+        found = run(model, Keep(boundary, stay), x)
         expected = run(model, None, x[stay])
     torch.testing.assert_close(found, expected)
-    assert torch.equal(x, before)  # the caller's images
+    assert torch.equal(x, before)
     assert run(model, None, x).shape == (5, 5)
 
 
-@pytest.mark.parametrize("kind", [Residual, Count, Shape, FoldedBySample, InAList])
-def test_what_is_alive_is_looked_for_only_where_it_has_to_be(kind):
-    assert Trial(Net(), IMAGE).prove(["a"]).boundaries[0].alive == ()
-    assert Trial(kind(), IMAGE).prove(["a"]).boundaries[0].alive
+HOLDS = [Residual, OnTheStack, Count, Shape, FoldedBySample, FoldedByPosition, FoldedAndFaint, Blind, Hidden, InAList]
 
 
-@pytest.mark.parametrize(
-    ("kind", "said"),
-    [
-        (OnTheStack, "fails: RuntimeError"),
-        (Hidden, "fails: RuntimeError"),
-        (FoldedByPosition, "get other logits"),
-        (FoldedAndFaint, "get other logits"),
-        (Blind, "do not depend on the image"),
-    ],
-)
-def test_refuses_where_rows_cannot_leave(kind, said):
-    with pytest.raises(AnalysisError, match=said):
-        Trial(kind(), IMAGE).prove(["a"])
+@pytest.mark.parametrize("kind", HOLDS)
+def test_rows_cannot_leave_where_other_tensors_of_the_batch_or_its_size_are_used_later(kind):
+    trial = Trial(kind(), IMAGE)
+    assert trial.prove(["a"]).boundaries == (None,)
+    assert "with fewer rows from there on, the model fails" in trial.stays("a")
+
+
+@pytest.mark.parametrize("kind", [Net, *HOLDS])
+def test_a_sample_gets_the_logits_of_the_first_exit_that_is_sure_of_it(kind):
+    """Three exits, of which the first is where rows are held, against each exit's logits of the whole batch."""
+    torch.manual_seed(0)
+    net = Exits(kind()).eval()
+    proof = Trial(net, IMAGE).prove(PLACES)
+    assert [boundary is not None for boundary in proof.boundaries] == [kind is Net, True, True]
+    set_taps(net, PLACES)
+    x = torch.randn(9, 8, 4)
+    sure = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 3])
+    with torch.no_grad():
+        last = run(net, every := Seen(), x)
+        heads = nn.ModuleList(Mean() for _ in PLACES)
+        expected = [*(heads[i](every.outputs[i]) for i in range(3)), last]
+        leaving = Leaving(heads, [SimpleNamespace(leaf=0)] * 3, proof.boundaries, Wanted(sure), x)
+        leaving.finish(run(net, leaving, x))
+    assert torch.equal(leaving.left, sure)
+    torch.testing.assert_close(leaving.logits, torch.stack([expected[exit][i] for i, exit in enumerate(sure)]))
 
 
 def test_refuses_a_folded_batch():

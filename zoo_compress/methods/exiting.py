@@ -55,7 +55,7 @@ class PerSample(Sampled):
     """
 
     def __init__(self, net: Exiting) -> None:
-        super().__init__(net.costs())
+        super().__init__(net.all_costs().batch)
         self.net = net
         self.pretrained_cfg, self.num_classes = net.pretrained_cfg, net.num_classes
         self.in_chans = getattr(net, "in_chans", 3)
@@ -67,7 +67,7 @@ class PerSample(Sampled):
         return logits
 
 
-def attach_exits_(model: nn.Module, record: Exits, boundaries: tuple[Boundary, ...] | None = None) -> nn.Module:
+def attach_exits_(model: nn.Module, record: Exits, boundaries: tuple[Boundary | None, ...] | None = None) -> nn.Module:
     """Give a model the exits of a record, in place; see `surgery.exits.attach_`."""
     return attach_(model, record, boundaries, Exiting)
 
@@ -77,8 +77,9 @@ def add_exits(model: nn.Module, exits: int | float | str | Sequence[str] | Seque
     """A copy of a timm model with early exits, whose heads have random weights. It stays a timm model of its own class.
 
     Exits are modules between which nothing else of the batch is alive, where there are such, so that samples can leave there:
-    `net.infer(x, threshold=0.9)`. That they can is proven by a run before anything is made. See `surgery.exits.ExitsModel` for what the
-    network can do then.
+    `net.infer(x, threshold=0.9)`. That they can is proven by a run before anything is made. At other exits samples get their logits as
+    well, and are computed along with their batch until the next exit where they can leave: `net.leaving` says where that is. See
+    `surgery.exits.ExitsModel` for what the network can do then.
 
     Args:
         model: A model that timm's factory made, pruned or not.
@@ -87,7 +88,7 @@ def add_exits(model: nn.Module, exits: int | float | str | Sequence[str] | Seque
             a head would otherwise have more than a twentieth of the model's parameters.
 
     Raises:
-        CompressError: If there are no such places, with what there is, or why samples cannot leave there.
+        CompressError: If there are no such places, with what there is, or why no head fits there.
     """
     wanted = check_wanted(exits)
     if grid is not None and (not isinstance(grid, int) or isinstance(grid, bool) or not 1 <= grid <= MAX_GRID):
@@ -133,7 +134,7 @@ def _on_base(exits: Exits, source: Origin) -> Exits:
     with torch.device("meta"):
         base = create_model(source.base, **source.args, **source.live)
         factors.replace_(blocks.skip_(base, previous.removed), previous.factors)  # an exit may lie between the two layers of a pair
-    proof = Trial(base, default_input(base), values=False).prove([exit.place for exit in exits.places])
+    proof = Trial(base, default_input(base)).prove([exit.place for exit in exits.places])
     features = [shapes[e.leaf][e.format.index("C") - 1] for e, shapes in zip(exits.places, proof.shapes, strict=True)]
     places = (exit.model_copy(update={"features": n}) for exit, n in zip(exits.places, features, strict=True))
     return exits.model_copy(update={"places": tuple(places)})

@@ -283,7 +283,7 @@ def restored(
     load: Callable[[Built], None],
     source_args: dict[str, Any],
     args: dict[str, Any],
-    boundaries: tuple[Boundary, ...] | None = None,
+    boundaries: tuple[Boundary | None, ...] | None = None,
 ) -> nn.Module:
     """The model of a record, or the base's own feature extractor around it.
 

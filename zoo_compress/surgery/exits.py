@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -29,6 +30,21 @@ HEADS = "exits"
 """Name of the heads in the model: `exits.0.fc.weight`."""
 
 
+@dataclass(frozen=True)
+class Costs:
+    """MACs of a sample of a network with exits, heads on the way included.
+
+    Attributes:
+        alone: Of one that is done at each exit, and last of one that stays to the end: nothing further runs.
+        batch: The same in a batch whose others go on: until the exit where it leaves the batch.
+        base: Of the whole network without heads.
+    """
+
+    alone: tuple[int, ...]
+    batch: tuple[int, ...]
+    base: int
+
+
 class ExitsModel(nn.Module):
     """What early exits add to a model's own class; `attach_` puts it over that.
 
@@ -37,11 +53,12 @@ class ExitsModel(nn.Module):
     Attributes:
         exits: The heads.
         record: Where they are, and when samples leave.
+        boundaries: How rows leave the batch at each; None where they cannot.
     """
 
     exits: nn.ModuleList
     record: Exits
-    boundaries: tuple[Boundary, ...]
+    boundaries: tuple[Boundary | None, ...]
     _every = False
     _chosen: int | None = None
 
@@ -136,9 +153,10 @@ class ExitsModel(nn.Module):
         """Logits, computed no further than needed. Runs in eval mode.
 
         With `exit`, all samples leave there and nothing later runs. With a threshold, samples that are confident leave at each exit and
-        the others flow on in a batch that gets smaller (Teerapittayanon et al. 2016, BranchyNet). With `patience`, samples leave when so
-        many exits in a row agree on the class (Zhou et al. 2020, BERT Loses Patience). With none of them, the exit that was chosen, or else
-        the thresholds of `calibrate`.
+        the others flow on in a batch that gets smaller (Teerapittayanon et al. 2016, BranchyNet). At an exit where samples cannot leave
+        the batch (`leaving`), those that are done get its logits all the same, and are computed along until they can leave. With
+        `patience`, samples leave when so many exits in a row agree on the class (Zhou et al. 2020, BERT Loses Patience). With none of
+        them, the exit that was chosen, or else the thresholds of `calibrate`.
 
         Args:
             x: Images (batch, channels, height, width).
@@ -166,8 +184,7 @@ class ExitsModel(nn.Module):
                 logits = self._until(exit, x) if exit < len(self.exits) else self.forward_followed(None, x)
                 return (logits, torch.full((len(x),), exit, device=logits.device)) if return_exits else logits
             leaving = Leaving(self.exits, self.record.places, self.boundaries, decide, x)
-            # Tensors alive beside a tap are shrunk in place; the caller's own must not be.
-            leaving.finish(self.forward_followed(leaving, x.detach()))
+            leaving.finish(self.forward_followed(leaving, x))
         return (leaving.logits, leaving.left) if return_exits else leaving.logits
 
     def _rule(self, exit: Any, threshold: Any, patience: Any, confidence: Any) -> Decision | None:
@@ -202,18 +219,29 @@ class ExitsModel(nn.Module):
         self.forward_followed(until, x, *args, **kwargs)
         return until.found
 
+    @property
+    def leaving(self) -> tuple[bool, ...]:
+        """At which exits samples that are done leave the batch. At the others they are computed along with it, to the next that lets go.
+
+        Rows leave where nothing else of the batch is used later: no second branch, no batch size kept as a number.
+        """
+        return tuple(boundary is not None for boundary in self.boundaries)
+
     def costs(self) -> tuple[int, ...]:
         """MACs of one sample that leaves at each exit, and last of one that stays; heads on the way included."""
-        return self._costs()[0]
+        return self.all_costs().alone
 
-    def _costs(self) -> tuple[tuple[int, ...], int]:
-        """`costs`, and the MACs of the network without heads."""
+    def all_costs(self) -> Costs:
+        """What a sample costs that is done at each exit, alone and in a batch."""
         clone: Any = eval_copy(self, "meta")
         with Kernels(), FlopCounterMode(display=False) as counter, torch.no_grad():
             spent = Spent(clone.exits, self.record.places, counter)
             clone.forward_followed(spent, default_input(self)[:1])
             whole = counter.get_total_flops() // 2
-        return (*spent.found, whole), whole - spent.heads
+        alone = (*spent.found, whole)
+        lets_go = [exit for exit, leaves in enumerate((*self.leaving, True)) if leaves]
+        batch = tuple(alone[next(exit for exit in lets_go if exit >= done)] for done in range(len(alone)))
+        return Costs(alone, batch, whole - spent.heads)
 
     @torch.no_grad()
     def calibrate(self, loader: Iterable[Any], budget: float = 0.5, *, confidence: str = "max_softmax") -> Calibration:
@@ -221,7 +249,8 @@ class ExitsModel(nn.Module):
 
         Args:
             loader: Batches of validation images, preprocessed as the model wants them, or of tuples that begin with one; no labels needed.
-            budget: Average MACs of a sample, as a fraction of the network's without heads; a count when above 2.
+            budget: Average MACs of a sample in a batch, as a fraction of the network's without heads; a count when above 2. A sample that
+                is done where it cannot leave the batch (`leaving`) costs what it is computed along.
             confidence: What is compared with the thresholds; see `infer`.
 
         Returns:
@@ -236,8 +265,9 @@ class ExitsModel(nn.Module):
             raise CompressError(f"confidence: expected one of {', '.join(CONFIDENCES)}, found {confidence!r}")
         if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget > 0:
             raise CompressError(f"budget: expected a fraction of the network's MACs, or a count, found {budget!r}")
-        costs, base = self._costs()
-        wanted = float(budget) if budget > 2 else budget * base
+        found_costs = self.all_costs()
+        costs = found_costs.batch
+        wanted = float(budget) if budget > 2 else budget * found_costs.base
         budgeted(np.zeros((1, len(self.exits))), costs, wanted)  # out of reach? before anything runs
         measure = MEASURES[confidence]
         rows = []
@@ -280,7 +310,7 @@ class ExitsModel(nn.Module):
 
 
 def attach_(
-    model: nn.Module, record: Exits, boundaries: tuple[Boundary, ...] | None = None, kind: type[ExitsModel] = ExitsModel
+    model: nn.Module, record: Exits, boundaries: tuple[Boundary | None, ...] | None = None, kind: type[ExitsModel] = ExitsModel
 ) -> nn.Module:
     """Give a model exits, in place. Their heads have random weights.
 
@@ -319,13 +349,13 @@ def attach_(
     return model
 
 
-def _proven(model: nn.Module, record: Exits) -> tuple[Boundary, ...]:
+def _proven(model: nn.Module, record: Exits) -> tuple[Boundary | None, ...]:
     """How rows leave at every exit of a record, which is checked against the model."""
     names = [exit.place for exit in record.places]
     try:
-        proof = Trial(model, default_input(model), values=False).prove(names)
+        proof = Trial(model, default_input(model)).prove(names)
     except AnalysisError as error:
-        raise CompressError(f"exits: samples cannot leave at {', '.join(names)}: {error}") from error
+        raise CompressError(f"exits: there can be none at {', '.join(names)}: {error}") from error
     for exit, shapes in zip(record.places, proof.shapes, strict=True):
         shape = shapes[exit.leaf] if exit.leaf < len(shapes) else ()
         if len(shape) != len(exit.format) - 1 or shape[exit.format.index("C") - 1] != exit.features:

@@ -186,36 +186,72 @@ class Spent(Visitor):
 
 
 class Leaving(Visitor):
-    """Lets samples leave: stores their logits and hands on the others."""
+    """Lets samples leave: stores their logits and hands on the others.
 
-    def __init__(self, heads: nn.ModuleList, places: Sequence[Exit], boundaries: Sequence[Boundary], decide: Any, x: torch.Tensor) -> None:
+    Where nobody can leave the batch, samples that are done are computed along until the next exit where they can.
+
+    Args:
+        heads: Of the exits.
+        places: The exits.
+        boundaries: How rows leave the batch at each; None where they cannot.
+        decide: Who is done.
+        x: The batch.
+
+    Attributes:
+        logits: Of every sample, (batch, classes).
+        left: At which exit it was done, (batch,).
+    """
+
+    def __init__(
+        self, heads: nn.ModuleList, places: Sequence[Exit], boundaries: Sequence[Boundary | None], decide: Any, x: torch.Tensor
+    ) -> None:
         self.heads, self.places, self.boundaries, self.decide = heads, places, boundaries, decide
-        self.samples = len(x)
+        self.samples = self.going = len(x)
         self.logits: Any = None
         self.left = torch.full((self.samples,), len(heads), device=x.device)
-        self.rows: torch.Tensor | None = None  # of the samples still there; None is all of them
+        self.rows: torch.Tensor | None = None  # of the samples in the batch; None is all of them
+        self.done: torch.Tensor | None = None  # which of these are computed along, (rows,) of booleans; None is none of them
 
     def at(self, index: int, output: Any) -> Any:
-        if not self.decide.asks(index):
+        if self.decide.asks(index):
+            self._ask(index, _leaf(output, self.places[index].leaf))
+        boundary = self.boundaries[index]
+        if boundary is None or self.done is None:
             return None
-        logits = self.heads[index](_leaf(output, self.places[index].leaf))
+        stay = self.done.logical_not().nonzero()[:, 0]
+        self.done = None
+        self.rows = stay if self.rows is None else self.rows[stay]
+        self.decide.keep(stay)
+        return select(output, boundary, stay)
+
+    def _ask(self, index: int, x: torch.Tensor) -> None:
+        """Store the logits of the samples that an exit is sure of."""
+        logits = self.heads[index](x)
         leave = self.decide.leave(index, logits)
+        if self.done is not None:
+            leave = leave & ~self.done
         leaving = int(leave.count_nonzero())
         if leaving == 0:
-            return None
+            return
         if leaving == len(leave):
             self._store(self.rows, logits, index)
             raise Stop
-        gone, stay = leave.nonzero()[:, 0], leave.logical_not().nonzero()[:, 0]
+        gone = leave.nonzero()[:, 0]
         self._store(gone if self.rows is None else self.rows[gone], logits[gone], index)
-        self.rows = stay if self.rows is None else self.rows[stay]
-        self.decide.keep(stay)
-        return select(output, self.boundaries[index], stay)
+        self.going -= leaving
+        if self.going == 0:
+            raise Stop
+        self.done = leave if self.done is None else self.done | leave
 
     def finish(self, logits: torch.Tensor | None) -> None:
-        """The logits of those who stayed to the end; None if nobody did."""
-        if logits is not None:
+        """The logits of those who were never done; None if there are none."""
+        if logits is None:
+            return
+        if self.done is None:
             self._store(self.rows, logits, len(self.heads))
+            return
+        last = self.done.logical_not().nonzero()[:, 0]
+        self._store(last if self.rows is None else self.rows[last], logits[last], len(self.heads))
 
     def _store(self, rows: torch.Tensor | None, logits: torch.Tensor, index: int) -> None:
         if rows is None:

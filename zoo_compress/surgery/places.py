@@ -6,7 +6,7 @@ import difflib
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +35,8 @@ class Place:
         fraction: MACs until there, as a fraction of the whole.
         exit: The exit a head would make there; None if nothing it gives can be pooled to features of each sample.
         why: Why not, then.
-        beside: Number of other tensors computed from the image that are alive and used later.
+        beside: Number of other tensors computed from the image that are alive and used later. Where there are any, samples that are done
+            cannot leave the batch, and are computed along.
         repeated: The module runs more than once.
         named: timm names it in `feature_info`.
         listed: It is a child of the model, or of a sequence of modules.
@@ -96,8 +97,8 @@ def places(model: nn.Module, example: torch.Tensor, grid: int | None = None) -> 
 
 def choose(
     model: nn.Module, example: torch.Tensor, wanted: int | Sequence[str] | Sequence[float], grid: int | None = None
-) -> tuple[list[Exit], tuple[Boundary, ...]]:
-    """The exits a user asked for, each proven by letting rows leave there.
+) -> tuple[list[Exit], tuple[Boundary | None, ...]]:
+    """The exits a user asked for, and where rows leave, proven by letting them.
 
     Args:
         model: The model.
@@ -106,10 +107,10 @@ def choose(
         grid: Of exits that read maps; None takes the finest up to `GRID` whose head has at most `HEAD` of the model's parameters.
 
     Returns:
-        The exits, and how rows leave there.
+        The exits, and how rows leave the batch at each; None where they cannot, and are computed along.
 
     Raises:
-        CompressError: If there is no such place, or rows cannot leave there; says why.
+        CompressError: If there is no such place, or no head fits there; says why.
     """
     found = places(model, example, grid)
     if isinstance(wanted, int) or not isinstance(wanted[0], str):
@@ -124,8 +125,8 @@ def choose(
     if isinstance(proof, str):
         for place in chosen:
             if isinstance(alone := _try(trial, [place]), str):
-                raise CompressError(f"exits: samples cannot leave at {place.path!r}: {alone}")
-        raise CompressError(f"exits: samples cannot leave at {', '.join(place.path for place in chosen)} together: {proof}")
+                raise CompressError(f"exits: there can be none at {place.path!r}: {alone}")
+        raise CompressError(f"exits: there can be none at {', '.join(place.path for place in chosen)} together: {proof}")
     return [place.exit for place in chosen if place.exit is not None], proof.boundaries
 
 
@@ -174,21 +175,26 @@ def _nearest(model: nn.Module, example: torch.Tensor, found: list[Place], fracti
     """Places near the wanted fractions, and how rows leave there."""
     usable = [p for p in found if p.exit and p.exit.format != "NC" and not p.repeated and 0 < p.fraction < LAST]
     bad: dict[str, str] = {}
+    held = {place.path for place in usable if place.beside}  # rows cannot leave there
     trial = Trial(model, example)
     while True:
         pool = [place for place in usable if place.path not in bad]
-        picked = _pick(pool, fractions)
+        picked = _pick(pool, held, fractions)
         if picked is None:
             some = next(iter(bad.items()), None)
             note = f" ({len(bad)} were refused; {some[0]!r}: {some[1]})" if some else ""
-            most, what = len(_distinct([place for place in pool if _fits(place)])), type(model).__name__
+            most, what = len(_distinct([place for place in pool if _fits(place, held)])), type(model).__name__
             raise CompressError(f"exits: expected at most {most} of them, the places {what} has, found {len(fractions)}{note}")
         proof = _try(trial, picked)
-        if not isinstance(proof, str):
+        if isinstance(proof, str):
+            alone = {place.path: reason for place in picked if isinstance(reason := _try(trial, [place]), str)}
+            # Each alone is fine and together they are not: give up the last, which another takes the place of.
+            bad |= alone or {picked[-1].path: "not together with the others"}
+            continue
+        holding = {place.path for place, how in zip(picked, proof.boundaries, strict=True) if how is None} - held
+        if not holding:
             return [place.exit for place in picked if place.exit is not None], proof.boundaries
-        alone = {place.path: reason for place in picked if isinstance(reason := _try(trial, [place]), str)}
-        # Each alone is fine and together they are not: give up the last, which another takes the place of.
-        bad |= alone or {picked[-1].path: "not together with the others"}
+        held |= holding
 
 
 GRID = 4
@@ -201,17 +207,19 @@ LAST = 0.97
 """Exits later than this fraction of the MACs save nothing worth a head."""
 
 
-def _pick(pool: list[Place], fractions: list[float]) -> list[Place] | None:
-    """Places near the fractions: of those timm names or lists in sequences, else any block, with nothing alive beside them; where all these
-    lie too far off, those with as little alive beside them as can be."""
+def _pick(pool: list[Place], held: Set[str], fractions: list[float]) -> list[Place] | None:
+    """Places near the fractions: of those timm names or lists in sequences, else any block, where rows can leave; where all these lie too
+    far off, also those where they are held."""
     spacing = 1 / (len(fractions) + 1)
-    clean = [place for place in pool if not place.beside]
-    tiers = [([p for p in clean if p.named or p.listed], spacing / 2), ([p for p in clean if p.named or p.listed or p.block], spacing)]
-    for most in sorted({place.beside for place in pool} - {0}):
-        tiers.append(([p for p in pool if p.beside <= most and _fits(p)], spacing))
+    free = [place for place in pool if place.path not in held]
+    tiers = [
+        ([p for p in free if p.named or p.listed], spacing / 2),
+        ([p for p in free if p.named or p.listed or p.block], spacing),
+        ([p for p in pool if _fits(p, held)], spacing),
+    ]
     best: tuple[float, list[Place]] | None = None
     for places, near in tiers:
-        picked = _assign(_distinct(places), fractions)
+        picked = _assign(_distinct(places, held), fractions, held)
         if picked is None:
             continue
         off = max(abs(place.fraction - f) for place, f in zip(picked, fractions, strict=True))
@@ -222,30 +230,33 @@ def _pick(pool: list[Place], fractions: list[float]) -> list[Place] | None:
     return None if best is None else best[1]
 
 
-def _fits(place: Place) -> bool:
+def _fits(place: Place, held: Set[str]) -> bool:
     """Whether a place may be chosen for its cost; by name any may that works."""
-    return place.named or place.listed or (place.block and not place.beside)
+    return place.named or place.listed or (place.block and place.path not in held)
 
 
 def _try(trial: Trial, chosen: Sequence[Place]) -> Proof | str:
-    """The proof that samples can leave at these places, or why they cannot."""
+    """Where samples can leave among these places, or why there can be no exits."""
     try:
         return trial.prove([place.path for place in chosen])
     except AnalysisError as error:
         return str(error)
 
 
-def _distinct(pool: list[Place]) -> list[Place]:
-    """One place of those with equal cost: one that timm names, else the last reached, which comes after activations and pooling."""
+def _distinct(pool: list[Place], held: Set[str] = frozenset()) -> list[Place]:
+    """One place of those with equal cost: where rows can leave, then one that timm names, else the last reached, which comes after
+    activations and pooling."""
     best: dict[float, Place] = {}
     for place in pool:
-        if place.fraction not in best or place.named or not best[place.fraction].named:
+        other = best.get(place.fraction)
+        if other is None or (place.path not in held, place.named) >= (other.path not in held, other.named):
             best[place.fraction] = place
     return list(best.values())
 
 
-def _assign(pool: list[Place], fractions: list[float]) -> list[Place] | None:
-    """Distinct places in order with the least sum of distances to the fractions."""
+def _assign(pool: list[Place], fractions: list[float], held: Set[str]) -> list[Place] | None:
+    """Distinct places in order with the least sum of distances to the fractions; where rows are held counts as half a spacing further."""
+    penalty = 1 / (len(fractions) + 1) / 2
     if len(pool) < len(fractions):
         return None
     # best[n]: (distance, places) of the best choice for the first n fractions among the places so far.
@@ -254,7 +265,7 @@ def _assign(pool: list[Place], fractions: list[float]) -> list[Place] | None:
         for n in range(len(fractions), 0, -1):
             before = best[n - 1]
             if before is not None:
-                distance = before[0] + abs(place.fraction - fractions[n - 1])
+                distance = before[0] + abs(place.fraction - fractions[n - 1]) + penalty * (place.path in held)
                 now = best[n]
                 if now is None or distance < now[0]:
                     best[n] = (distance, [*before[1], place])

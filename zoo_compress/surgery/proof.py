@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from ..errors import AnalysisError
 from .kernels import Kernels
 from .modules import eval_copy
-from .rows import Alive, Boundary, Carrier, Visitor, calls, leaves_of, run, select, set_taps
+from .rows import Boundary, Carrier, Visitor, run, select, set_taps
 from .tracer import MODEL_ERRORS
 from .verify import randomise_
 
@@ -23,15 +23,15 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Proof:
-    """That rows can leave at some places of a model.
+    """Where rows can leave among some places of a model.
 
     Attributes:
-        boundaries: How, for each place.
+        boundaries: How, for each place; None where they cannot: other tensors of the batch, or its size as a number, are used later.
         shapes: Shape of every leaf of each place's output, without the first dimension.
         output: Shape of the model's output, without the first dimension.
     """
 
-    boundaries: tuple[Boundary, ...]
+    boundaries: tuple[Boundary | None, ...]
     shapes: tuple[list[tuple[int, ...]], ...]
     output: tuple[int, ...]
 
@@ -41,65 +41,58 @@ class Trial:
 
     A copy without data runs on a batch that gets smaller at each place. Batch sizes are primes that divide no other size: whatever still
     has an earlier batch size, or was told it, then meets a tensor it does not fit, and the run ends in an error, which no broadcasting can
-    hide. A second run leaves a single sample. Where rows of other tensors than the module's own output have to go, or samples have several
-    rows, a run on random weights must also give the logits that the samples get in the whole batch.
+    hide. A second run leaves a single sample. Where samples have several rows, a run on random weights must also give the logits that the
+    samples get in the whole batch.
 
     Args:
         model: The model.
         example: A batch; only its shape, without the first dimension, and dtype are used.
-        values: Whether to compare values too, where shapes alone don't tell.
     """
 
-    def __init__(self, model: nn.Module, example: torch.Tensor, *, values: bool = True) -> None:
-        self.model, self.example, self.values = model, example, values
+    def __init__(self, model: nn.Module, example: torch.Tensor) -> None:
+        self.model, self.example = model, example
         self._copies: dict[str, nn.Module] = {}
         self._kernels = Kernels()
-        self._alone: dict[str, bool | AnalysisError] = {}
+        self._alone: dict[str, str | None] = {}
 
     def prove(self, places: Sequence[str]) -> Proof:
-        """Prove that rows can leave at all of these places, in one forward pass.
+        """Find out at which of these places rows can leave, all in one forward pass.
 
         Args:
             places: Names of modules, in the order they run.
 
         Raises:
-            AnalysisError: If they cannot, with the reason.
+            AnalysisError: If one is no place for an exit: samples are no rows of what it gives, or it does not run once, in this order.
         """
         try:
-            return self._prove(places, [False] * len(places))
+            return self._prove(places, [True] * len(places))
         except AnalysisError:
-            return self._prove(places, [self.beside(place) for place in places])
-
-    def beside(self, place: str) -> bool:
-        """Whether rows of more than a module's output have to go with those that leave there.
-
-        Raises:
-            AnalysisError: If rows cannot leave there at all.
-        """
-        if place not in self._alone:
-            self._alone[place] = self._try_alone(place)
-        found = self._alone[place]
-        if isinstance(found, AnalysisError):
-            raise found
-        return found
-
-    def _try_alone(self, place: str) -> bool | AnalysisError:
-        for beside in (False, True):
+            leaving = [self.stays(place) is None for place in places]
+        while True:
             try:
-                self._prove([place], [beside])
-                return beside
-            except AnalysisError as error:
-                failure = error
-        return failure
+                return self._prove(places, leaving)
+            except AnalysisError:
+                if not any(leaving):
+                    raise
+                leaving[len(places) - 1 - leaving[::-1].index(True)] = False  # each alone is fine, and together they are not
 
-    def _prove(self, places: Sequence[str], beside: Sequence[bool]) -> Proof:
+    def stays(self, place: str) -> str | None:
+        """Why rows cannot leave where a module ends; None where they can."""
+        if place not in self._alone:
+            try:
+                self._prove([place], [True])
+                self._alone[place] = None
+            except AnalysisError as error:
+                self._alone[place] = str(error)
+        return self._alone[place]
+
+    def _prove(self, places: Sequence[str], leaving: Sequence[bool]) -> Proof:
         failures = []
         for device, least in (("meta", 101), ("cpu", 11)):  # a model that looks at values needs real tensors
             try:
-                shrink = _Shrink(_primes(len(places) + 1, least), beside)
+                shrink = _Shrink(_falling(_primes(sum(leaving) + 1, least), leaving))
                 shape = self._run(device, places, shrink)
-                boundaries = tuple(shrink.boundaries[i] for i in range(len(places)))
-                self._run(device, places, _Shrink([2] + [1] * len(places), beside, boundaries))
+                self._run(device, places, _Shrink(_falling([2] + [1] * sum(leaving), leaving), shrink.boundaries))
             except AnalysisError:
                 raise
             except MODEL_ERRORS as error:
@@ -107,9 +100,10 @@ class Trial:
                 if not _needs_data(error):
                     break
             else:
-                if self.values and any(b.alive or any(c.rows > 1 for c in b.carriers) for b in boundaries):
-                    self._compare(places, boundaries)
-                return Proof(boundaries, tuple(shrink.shapes[i] for i in range(len(places))), shape)
+                found = [shrink.boundaries[i] if leaves else None for i, leaves in enumerate(leaving)]
+                if any(carrier.rows > 1 for boundary in found if boundary for carrier in boundary.carriers):
+                    self._compare(places, found)
+                return Proof(tuple(found), tuple(shrink.shapes[i] for i in range(len(places))), shape)
         why = f"{type(failures[-1]).__name__}: {' '.join(str(failures[-1]).split())[:200]}"
         raise AnalysisError(f"with fewer rows from there on, the model fails: {why}") from failures[-1]
 
@@ -129,10 +123,10 @@ class Trial:
             raise AnalysisError(f"the model gives {output.shape[0]} rows for {shrink.sizes[-1]} samples that stay")
         return tuple(output.shape[1:])
 
-    def _compare(self, places: Sequence[str], boundaries: Sequence[Boundary]) -> None:
+    def _compare(self, places: Sequence[str], boundaries: Sequence[Boundary | None]) -> None:
         """Let one sample, not the first or last, leave at each place, on random weights; the others must get what they get without."""
         if any(tensor.is_meta for tensor in self.model.parameters()):
-            return  # without weights, shapes are all there is
+            raise AnalysisError("samples have several rows there, and without weights nothing tells which are whose")
         failure: Exception
         # Random weights may give logits that hardly depend on the image; double precision still sees how. A model that mixes dtypes runs
         # in its own only.
@@ -140,7 +134,8 @@ class Trial:
             generator = torch.Generator().manual_seed(0)
             clone = eval_copy(self.model, "cpu").requires_grad_(False)
             randomise_(clone, generator)
-            image = torch.randn((len(places) + 2, *self.example.shape[1:]), generator=generator)
+            leave = sum(boundary is not None for boundary in boundaries)
+            image = torch.randn((leave + 2, *self.example.shape[1:]), generator=generator)
             set_taps(clone, places)
             try:
                 change = _change(clone.to(dtype), boundaries, image.to(dtype))
@@ -152,10 +147,10 @@ class Trial:
             if not change < TOLERANCE:
                 raise AnalysisError(f"samples that stay after others left get other logits ({change:.2g} of how much samples differ)")
             return
-        raise failure
+        raise AnalysisError(f"no comparison can tell whether samples get the same logits: {failure}") from failure
 
 
-def _change(model: nn.Module, boundaries: Sequence[Boundary], image: torch.Tensor) -> float:
+def _change(model: nn.Module, boundaries: Sequence[Boundary | None], image: torch.Tensor) -> float:
     """How much logits change where others leave, relative to how much they differ between samples (L2)."""
     with torch.no_grad():
         whole = run(model, None, image)
@@ -167,14 +162,19 @@ def _change(model: nn.Module, boundaries: Sequence[Boundary], image: torch.Tenso
 
 
 class _LeaveOne(Visitor):
-    """Sends away the second sample at each tap."""
+    """Sends away the second sample at each tap where samples leave."""
 
-    def __init__(self, boundaries: Sequence[Boundary]) -> None:
+    def __init__(self, boundaries: Sequence[Boundary | None]) -> None:
         self.boundaries = boundaries
+        self.there = 2 + sum(boundary is not None for boundary in boundaries)
 
     def at(self, index: int, output: Any) -> Any:
-        there = len(self.boundaries) + 2 - index
-        return select(output, self.boundaries[index], torch.tensor([0, *range(2, there)]))
+        boundary = self.boundaries[index]
+        if boundary is None:
+            return None
+        stay = torch.tensor([0, *range(2, self.there)])
+        self.there -= 1
+        return select(output, boundary, stay)
 
 
 class _Shrink(Visitor):
@@ -182,12 +182,11 @@ class _Shrink(Visitor):
 
     Args:
         sizes: Samples before the first tap, between taps, and after the last.
-        beside: Also look for what is alive beside a tapped output.
         known: How to select rows, where that is known already.
     """
 
-    def __init__(self, sizes: Sequence[int], beside: Sequence[bool], known: Sequence[Boundary] | None = None) -> None:
-        self.sizes, self.beside, self.known = sizes, beside, known
+    def __init__(self, sizes: Sequence[int], known: Mapping[int, Boundary] | None = None) -> None:
+        self.sizes, self.known = sizes, known
         self.boundaries: dict[int, Boundary] = {}
         self.shapes: dict[int, list[tuple[int, ...]]] = {}
 
@@ -198,13 +197,13 @@ class _Shrink(Visitor):
             raise AnalysisError("it does not run after the exit before it")
         now, then = self.sizes[index], self.sizes[index + 1]
         leaves = tree_leaves(output)
-        found = (
-            self.known[index] if self.known else Boundary(tuple(_carriers(leaves, now)), tuple(_alive(now)) if self.beside[index] else ())
-        )
+        found = self.known[index] if self.known else Boundary(tuple(_carriers(leaves, now)))
         if not any(carrier.rows == 1 for carrier in found.carriers):
             raise AnalysisError(f"samples are no rows of what it gives ({', '.join(map(_shape, leaves)) or 'nothing'})")
         self.boundaries[index] = found
         self.shapes[index] = [tuple(leaf.shape)[1:] if isinstance(leaf, torch.Tensor) else () for leaf in leaves]
+        if now == then:
+            return None
         device = next(leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor))
         return select(output, found, torch.arange(then, device=device))
 
@@ -216,13 +215,13 @@ def _carriers(leaves: Sequence[Any], samples: int) -> Iterator[Carrier]:
             yield Carrier(i, size // samples)
 
 
-def _alive(samples: int) -> Iterator[Alive]:
-    for frame, nth in calls():
-        for name, value in frame.f_locals.items():
-            leaves = leaves_of(value) if isinstance(value, (int, torch.Tensor, tuple, list, dict)) else []
-            if type(value) not in (int, tuple, list, torch.Size):  # numbers deeper down have no place to be replaced
-                leaves = [leaf if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
-            yield from (Alive(frame.f_code, nth, name, carrier) for carrier in _carriers(leaves, samples))
+def _falling(sizes: Sequence[int], leaving: Sequence[bool]) -> list[int]:
+    """Samples before each place and after the last, when the next of these sizes is left wherever rows leave."""
+    rest = iter(sizes)
+    found = [next(rest)]
+    for leaves in leaving:
+        found.append(next(rest) if leaves else found[-1])
+    return found
 
 
 def _shape(leaf: Any) -> str:
