@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from timm.models import get_model_input_config
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from ..errors import CompressError
 from ..surgery.elastic import Elastic
 from ..surgery.modules import every_output, statistics, twin
+from ..surgery.outputs import tensors_in
 from ..surgery.tracer import MODEL_ERRORS
 
 _logger = logging.getLogger(__name__)
@@ -140,11 +140,10 @@ def _same_draws(device: torch.device) -> Iterator[None]:
 
 def _digest(output: Any) -> bytes:
     found = hashlib.blake2b(digest_size=16)
-    for leaf in tree_leaves(output):
-        if isinstance(leaf, Tensor):
-            found.update(f"{tuple(leaf.shape)}{leaf.dtype}".encode())
-            dense = leaf.detach().cpu().contiguous()
-            found.update(dense.reshape(-1).view(torch.uint8).numpy().tobytes() if dense.numel() else b"")
+    for leaf in tensors_in(output):
+        found.update(f"{tuple(leaf.shape)}{leaf.dtype}".encode())
+        dense = leaf.detach().cpu().contiguous()
+        found.update(dense.reshape(-1).view(torch.uint8).numpy().tobytes() if dense.numel() else b"")
     return found.digest()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from timm.models import get_model_input_config
 from torch import nn
 
 from ..errors import CompressError
+from ..surgery.hooks import away
 from ..surgery.images import fitting
 from ..surgery.modules import refuse_wrapped, uncompiled
 from ..surgery.trace import analyze
@@ -85,7 +87,10 @@ def measure_many(
     macs = {name: model.macs() if isinstance(model, Sampled) else analyze(uncompiled(model)).macs() for name, model in models.items()}
     images = {name: _images(model, batch_size) for name, model in models.items()}
     passes = {name: _over(model) for name, model in models.items()}
-    with inference(models.values(), threads) as used:
+    with ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(away(model))
+        used = stack.enter_context(inference(models.values(), threads))
         activations = {name: activation_memory(model, images[name][0]) for name, model in models.items()}
         times = interleaved(passes, images, runs=runs, warmup=warmup)
     found = {}

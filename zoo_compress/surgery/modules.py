@@ -13,11 +13,13 @@ from itertools import pairwise
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from timm.models import FeatureInfo
+from timm.models import FeatureInfo, get_model_input_config
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import CompressError
+from ..structure.layout import Layout
+from . import hooks
 
 Step = str | int
 
@@ -234,17 +236,41 @@ def takes_model(function: Callable[P, R]) -> Callable[P, R]:
     """Decorate a public function whose first argument is a model.
 
     It refuses wrappers around the model, and runs in torch's ordinary mode whatever is around the call: tensors made in `inference_mode`
-    could never be trained, and some of what is measured needs gradients.
+    could never be trained, and some of what is measured needs gradients. Meanwhile the model is without its users' hooks: a model that
+    comes out has them again, and hooks that change what the model computes are refused.
     """
     first = next(iter(inspect.signature(function).parameters))
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        refuse_wrapped(args[0] if args else kwargs.get(first))
-        with torch.inference_mode(False):  # this switches gradients on, too
-            return function(*args, **kwargs)
+        model = args[0] if args else kwargs.get(first)
+        refuse_wrapped(model)
+        with torch.inference_mode(False), hooks.away(model) as taken:  # the former switches gradients on, too
+            if taken and isinstance(model, nn.Module) and (images := _example(model, (*args[1:], *kwargs.values()))) is not None:
+                hooks.refuse_changing(model, taken, images, copied)
+            result = function(*args, **kwargs)
+            if taken and isinstance(model, nn.Module) and isinstance(result, nn.Module) and result is not model:
+                hooks.give_(result, taken, model)
+            return result
 
     return run
+
+
+def _example(model: nn.Module, arguments: Iterable[object]) -> Tensor | None:
+    """A batch to run a model on: the one a user passes, or noise of the shape that a layout or the model's own cfg names."""
+    shape = None
+    for argument in arguments:
+        if isinstance(argument, Tensor) and argument.device.type != "meta":
+            return argument
+        if isinstance(argument, (Tensor, Layout)):
+            shape = argument.input_shape if isinstance(argument, Layout) else tuple(argument.shape)
+    if shape is None and own(model, "pretrained_cfg"):
+        shape = (2, *get_model_input_config(model)["input_size"])
+    if shape is None:
+        return None
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return noise if parameter is None else noise.to(parameter.device, parameter.dtype)
 
 
 def copied(model: M, instead: Mapping[int, Any] | None = None) -> M:
