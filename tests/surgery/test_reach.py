@@ -1,7 +1,9 @@
 """What one pass in eval mode does not reach, or does not give: it follows, or what it may share keeps its width."""
 
 import logging
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -239,3 +241,35 @@ def test_parameters_may_have_no_elements():
     layout = zc.analyze(model, IMAGES)
     zc.verify(model, layout, IMAGES)
     assert zc.prune(model, macs=0.5, layout=layout).registers.shape[:2] == (1, 0)
+
+
+class Dropping(nn.Module):
+    """Training skips layers at random, as Python, numpy or torch says; one of them is used in training alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(8, 24), nn.Linear(24, 3)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(24, 40), nn.ReLU(), nn.Linear(40, 24)) for _ in range(4))
+        self.noise = nn.Linear(24, 24)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for layer in self.layers:
+            if not (self.training and (random.random() < 0.3 or np.random.rand() < 0.3)):
+                x = x + layer(x)
+        if self.training and torch.rand(()).item() < 0.5:
+            x = self.noise(x)
+        return self.head(x)
+
+
+def test_analysis_draws_no_random_number_of_the_programs_own_and_comes_out_the_same_whatever_was_drawn_before():
+    model, layouts = Dropping().eval(), set()
+    for seed in range(4):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        expected = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+        layouts.add(str(zc.analyze(model, torch.randn(2, 8, generator=torch.Generator().manual_seed(0)))))
+        assert torch.equal(torch.get_rng_state(), expected[0])
+        assert (np.random.get_state()[1] == expected[1]).all() and random.getstate() == expected[2]
+    assert len(layouts) == 1

@@ -6,6 +6,7 @@ import gc
 import inspect
 import itertools
 import logging
+import random
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -209,11 +211,29 @@ def run_traced(model: nn.Module, example: torch.Tensor, device: str, watch: Watc
         training: Also run it in training mode, for what only that reaches and gives, if it takes the batch alone.
     """
     try:
-        return _run_traced(Tracer(), model, example, device, watch, training)
+        with _own_chance():
+            return _run_traced(Tracer(), model, example, device, watch, training)
     except UnhashableError:
         tracer = Tracer()
         tracer.hashable = True
-        return _run_traced(tracer, model, example, device, watch, training)
+        with _own_chance():
+            return _run_traced(tracer, model, example, device, watch, training)
+
+
+@contextmanager
+def _own_chance() -> Iterator[None]:
+    """Within, what a model draws at random (layers to skip in training, say) is the same every time, and the generators of torch, numpy and
+    Python go on afterwards as if nothing had been drawn."""
+    python, arrays = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        np.random.seed(0)
+        random.seed(0)
+        try:
+            yield
+        finally:
+            np.random.set_state(arrays)
+            random.setstate(python)
 
 
 def _run_traced(tracer: Tracer, model: nn.Module, example: torch.Tensor, device: str, watch: Watch | None, training: bool) -> Traced:
@@ -307,7 +327,7 @@ def _train(tracer: Tracer, model: nn.Module, image: torch.Tensor, *, features: b
     """Run a model in training mode, if it takes a batch alone: what only that reaches follows, what only that gives keeps its width."""
     model.train()
     try:
-        with tracer.uncounted(), torch.random.fork_rng(devices=[]):
+        with tracer.uncounted():
             output = model(image)
             given = [tracer.dims(tensor) for tensor in tensors_in(output)]
     except MODEL_ERRORS as error:
