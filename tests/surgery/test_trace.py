@@ -296,12 +296,12 @@ def test_reasons_are_given(body, reason):
 def test_an_operation_without_a_rule_freezes_and_is_counted():
     class Odd(nn.Module):
         def forward(self, x):
-            return torch.fft.fft(x, dim=1).real
+            return x + x.histc(4).sum()
 
     model = Wrapped(Odd())
     layout = zc.analyze(model, IMAGE)
     assert not [name for name in layout.free if layout.axes[name].size == 16]
-    assert any("fft" in name for name in layout.unknown)
+    assert any("histc" in name for name in layout.unknown)
     assert any("has no rule" in (axis.frozen or "") for axis in layout.axes.values())
 
 

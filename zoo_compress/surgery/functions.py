@@ -108,6 +108,17 @@ def _copied(t: Tracer, function: Any, tensor: torch.Tensor, memo: Any) -> torch.
     return out
 
 
+@handles(torch.Tensor.data.__set__)  # type: ignore[attr-defined]
+def _set_data(t: Tracer, function: Any, tensor: torch.Tensor, value: torch.Tensor) -> None:
+    terms = t.dims(value)
+    if tensor.shape != value.shape:
+        for term in t.dims(tensor):
+            u.freeze(term, f"{t.where} gives the tensor another shape")
+        t.forget(tensor)
+    function(tensor, value)
+    t.give(tensor, terms)
+
+
 @handles(torch.Tensor.expand, torch.Tensor.broadcast_to, torch.broadcast_to)
 def _expand(t: Tracer, function: Any, tensor: torch.Tensor, *sizes: Any, **named: Any) -> torch.Tensor:
     out = function(tensor, *sizes, **named)
@@ -143,7 +154,8 @@ def _repeat(t: Tracer, function: Any, tensor: torch.Tensor, *sizes: Any) -> torc
     for count, whole, term in zip(repeats, t.dims(out), padded, strict=True):
         if count > 1:
             with t.sizes_known():
-                t.meet(count, t.regroup([whole], [int(count), u.size_of(term)])[0])
+                copies = t.regroup([whole], [int(count), u.size_of(term)])[0]
+            t.adopt(count, copies) if u.size_of(term) == 1 else t.meet(count, copies)
     return out
 
 
@@ -265,18 +277,24 @@ def _pad(t: Tracer, function: Any, tensor: torch.Tensor, pad: Sequence[int], *ar
 
 @handles(torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
 def _convolution(t: Tracer, function: Any, *args: Any, **named: Any) -> torch.Tensor:
-    out = function(*args, **named)
-    groups = named.get("groups", args[6] if len(args) > 6 else 1)
-    if groups > 1:
+    return _grouped(t, function, named.get("groups", args[6] if len(args) > 6 else 1), args, named)
+
+
+@handles(torch.convolution)
+def _any_convolution(t: Tracer, function: Any, *args: Any, **named: Any) -> torch.Tensor:
+    return _grouped(t, function, named.get("groups", args[8] if len(args) > 8 else 1), args, named)
+
+
+@handles(F.group_norm, torch.group_norm, torch.channel_shuffle, torch.native_channel_shuffle)
+def _group_norm(t: Tracer, function: Any, input: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
+    return _grouped(t, function, args[0] if args else named.get("num_groups", named.get("groups")), (input, *args), named)
+
+
+def _grouped(t: Tracer, function: Any, groups: Any, args: tuple[Any, ...], named: dict[str, Any]) -> torch.Tensor:
+    with t.sizes_known():
+        out = function(*args, **named)
+    if groups is not None and groups > 1:
         t.meet(groups, t.groups)
-    return out
-
-
-@handles(F.group_norm, torch.group_norm)
-def _group_norm(t: Tracer, function: Any, input: torch.Tensor, num_groups: int, *args: Any, **named: Any) -> torch.Tensor:
-    out = function(input, num_groups, *args, **named)
-    if num_groups > 1:
-        t.meet(num_groups, t.groups)
     return out
 
 

@@ -11,7 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -497,8 +497,6 @@ def _within(sizes: list[int], stated: list[int]) -> bool:
 
 _SHAPING = {"view", "_unsafe_view", "reshape", "_reshape_alias", "expand", "as_strided", "as_strided_"}
 """Operations that are told the sizes of their result."""
-_GROUPED = {"convolution", "_convolution", "native_group_norm"}
-"""Operations that are told a number of groups; `native_group_norm` is told sizes too."""
 _NUMBERLESS = {"detach", "alias", "lift_fresh", "view_as"}
 """Operations that code may get to without a torch function and that neither read nor write a size."""
 
@@ -514,12 +512,32 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tracer = self.tracer
+        name = _operation(func)
+        if name not in RULES and func._can_decompose():
+            # Inside `inference_mode` torch hands over whole what it takes apart elsewhere.
+            with self:
+                return func.decompose(*args, **kwargs)
         tensors = list(_tensors((*args, *kwargs.values())))
         for tensor in tensors:
             tracer.seen.add(id(tensor))
             tracer.loose.pop(id(tensor), None)
         with nullcontext() if tracer.running else torch._C.DisableTorchFunction():
+            before = self._as_it_was(args[0]) if torch.Tag.inplace_view in func.tags else None
             out = self.kernels(func, args, kwargs)
+        if before is not None:  # the rule is that of the operation that gives the new shape to another tensor
+            args, tensors = (before, *args[1:]), [before, *tensors[1:]]
+        return self._told(func, args, kwargs, tensors, out)
+
+    def _as_it_was(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A view of a tensor that is about to get another shape, with what is known of it; the tensor itself forgets that."""
+        before = tensor.detach()
+        self.tracer.hand_on(tensor, before)
+        self.tracer.forget(tensor)
+        return before
+
+    def _told(self, func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor], out: Any) -> Any:
+        """What an operation gave, with the terms of its dimensions."""
+        tracer, name = self.tracer, _operation(func)
         from_image = any(map(tracer.is_image, tensors))
         if from_image:
             for tensor in _tensors([out]):
@@ -527,7 +545,7 @@ class _Operations(TorchDispatchMode):
         if not tracer.quiet:
             before = len(tracer.costs)
             self._apply(func, args, kwargs, tensors, out)
-            self._numbers(func._schema.name.partition("::")[2], tensors, out)
+            self._numbers(name, tensors, out)
             if not func._schema.is_mutable:
                 tracer.loose.update((id(tensor), tensor) for tensor in _tensors([out]))
             elif "fill" not in tracer.operation and "zero" not in tracer.operation:
@@ -538,23 +556,24 @@ class _Operations(TorchDispatchMode):
 
     def _apply(self, func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor], out: Any) -> None:
         tracer = self.tracer
-        name = func._schema.name.partition("::")[2]
-        tracer.operation = name
+        name = tracer.operation = _operation(func)
         rule = RULES.get(name) or RULES.get(name.removesuffix("_"))
         if tensors and rule not in COSTLY and all(map(tracer.is_constant, tensors)):
             for tensor in _tensors([out]):
                 tracer.set_constant(tensor)
             return
+        if rule is None and not func._schema.returns and not func._schema.is_mutable:
+            return  # a check
         try:
             terms = self._terms(func, rule, args, kwargs, tensors, out)
             for tensor, dims in [(out, terms)] if isinstance(out, torch.Tensor) else zip(out, terms, strict=True):
                 if isinstance(tensor, torch.Tensor):
-                    tracer.set(tensor, dims)
+                    tracer.give(tensor, dims)
         except (*MODEL_ERRORS, StopIteration) as error:
             # No rule, or one that does not fit this use or this release of torch: freezing is sound whatever the rule did before.
             why = "has no rule" if isinstance(error, NotImplementedError) else f"has no rule for this use ({error})"
             if tracer.freeze_all(tensors, f"{tracer.where} {why}"):
-                tracer.unknown[f"aten.{name}"] += 1
+                tracer.unknown[name if "::" in name else f"aten.{name}"] += 1
             for tensor in _tensors([out]):
                 tracer.set_constant(tensor)
 
@@ -568,8 +587,8 @@ class _Operations(TorchDispatchMode):
             for size, term in zip(out.shape, tracer.dims(out), strict=True):
                 if size in tracer.stated:
                     u.fix(term, f"{tracer.where} writes its size as the number {size}")
-        elif name in _GROUPED:
-            for term in (tracer.groups, *(tracer.dims(tensors[0]) if name == "native_group_norm" else ())):
+        elif name == "native_group_norm":  # is told sizes too
+            for term in tracer.dims(tensors[0]):
                 if u.size_of(term) in tracer.stated:
                     u.freeze(term, f"{tracer.where} writes its size as the number {u.size_of(term)}")
         elif name in ("bmm", "baddbmm") and all(map(tracer.is_image, tensors[-2:])):
@@ -577,8 +596,25 @@ class _Operations(TorchDispatchMode):
 
     def _terms(self, func: Any, rule: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor], out: Any) -> Any:
         if rule is not None:
+            written = {a.name for a in func._schema.arguments if a.is_out}
             names = [a.name for a in func._schema.arguments]
-            return rule(self.tracer, out, **dict(zip(names, args, strict=False)), **kwargs)
-        if torch.Tag.pointwise in func.tags and isinstance(out, torch.Tensor):
+            named = {**dict(zip(names, args, strict=False)), **kwargs}
+            return rule(self.tracer, out, **{name: value for name, value in named.items() if name not in written})
+        if _is_pointwise(func) and isinstance(out, torch.Tensor):
             return elementwise(self.tracer, tensors)
         raise NotImplementedError
+
+
+def _operation(func: Any) -> str:
+    """Name of an operation, with the library it belongs to where that is not torch itself."""
+    return func._schema.name.removeprefix("aten::")
+
+
+@cache
+def _is_pointwise(func: Any) -> bool:
+    """Whether torch says that an operation, or the one that it does in place, is pointwise."""
+    name = func._schema.name
+    twin = getattr(torch.ops.aten, _operation(func).removesuffix("_"), None) if name.startswith("aten::") else None
+    return torch.Tag.pointwise in func.tags or (
+        twin is not None and any(torch.Tag.pointwise in getattr(twin, overload).tags for overload in twin.overloads())
+    )

@@ -150,6 +150,31 @@ class Tracer:
         """Have the terms of a tensor's dimensions worked out when something first uses it: many never are, and they cost axes."""
         tensor._zc_dims = terms  # type: ignore[attr-defined]
 
+    def give(self, tensor: torch.Tensor, terms: Sequence[Term] | Callable[[], Sequence[Term]]) -> None:
+        """Record what an operation made of a tensor. One that was there before, into which it wrote, holds the same elements under either
+        name."""
+        known = getattr(tensor, "_zc_dims", None)
+        if callable(terms):
+            if known is None:
+                return self.set_when_asked(tensor, terms)
+            terms = terms()
+        known = known() if callable(known) else known
+        if known is not None and tuple(map(u.size_of, known)) == tuple(tensor.shape):  # else it was resized
+            for old, new in zip(known, terms, strict=True):
+                self.unify(old, new)
+        self.set(tensor, terms)
+
+    def hand_on(self, tensor: torch.Tensor, other: torch.Tensor) -> None:
+        """Another tensor holds the same elements."""
+        for name in ("_zc_dims", "_zc_image"):
+            if hasattr(tensor, name):
+                setattr(other, name, getattr(tensor, name))
+
+    def forget(self, tensor: torch.Tensor) -> None:
+        """A tensor has got another shape: what was known of its dimensions does not hold any more."""
+        if hasattr(tensor, "_zc_dims"):
+            del tensor._zc_dims
+
     def is_constant(self, tensor: torch.Tensor) -> bool:
         """Whether no axis is known to run along the tensor."""
         return all(isinstance(u.resolve(t), int) for t in self.dims(tensor))
@@ -195,6 +220,11 @@ class Tracer:
     def unify(self, a: Term, b: Term) -> None:
         """Two dimensions hold the same elements."""
         u.unify(a, b, f"{self.where} with a fixed size of {u.size_of(a)}" if _fixed(a) or _fixed(b) else self.where)
+
+    def group(self, number: int) -> Term:
+        """The number of groups of an operation. Where the caller doesn't account for it, it is a number of the code's and stays."""
+        self.groups = Variable(number, hint="g", piece=True) if number > 1 and self._sizes_known else int(number)
+        return self.groups
 
     def uniform(self, size: int) -> Variable:
         """A new dimension along which all elements are alike: it may become whatever it meets."""

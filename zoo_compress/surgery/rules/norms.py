@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from ...structure import unify as u
 from ...structure.terms import Term, product
 from ...structure.unify import Variable
 from ..tracer import Tracer
-from .base import keep_still, rule
+from .base import elementwise, keep_still, rule
 
 
 @rule(
@@ -31,7 +32,7 @@ def _batch_norm(t: Tracer, out: Any, *, input: torch.Tensor, **named: Any) -> An
     if named.get("training") or "no_stats" in t.operation:
         batch, _, *space = t.dims(input)
         t.mixed += [batch, *space]
-    return _with_statistics(t.dims(input), out)
+    return _with_statistics(t.dims(input), out, [channels])
 
 
 @rule("native_layer_norm", "_fused_rms_norm", "rms_norm")
@@ -51,7 +52,7 @@ def _layer_norm(
         if affine is not None:
             for a, b in zip(terms[-len(normalized_shape) :], t.dims(affine), strict=True):
                 t.unify(a, b)
-    return _with_statistics(terms, out)
+    return _with_statistics(terms, out, [*terms[: -len(normalized_shape)], *[1] * len(normalized_shape)])
 
 
 @rule("native_group_norm")
@@ -60,20 +61,21 @@ def _group_norm(
 ) -> Any:
     terms = t.dims(input)
     t.mixed.append(terms[1])
-    t.groups = 1
+    t.group(group)
     if group > 1:
-        t.groups = Variable(group, hint="g", piece=True)
         t.unify(terms[1], product(t.groups, Variable(int(input.shape[1]) // group, piece=True)))
     for affine in (weight, bias):
         if affine is not None:
             t.unify(terms[1], t.dims(affine)[0])
-    return _with_statistics(terms, out)
+    return _with_statistics(terms, out, [terms[0], t.groups])
 
 
-def _with_statistics(terms: list[Term], out: Any) -> Any:
+def _with_statistics(terms: list[Term], out: Any, statistics: list[Term]) -> Any:
+    """The normalised tensor, and what it was normalised by where the operation gives that too; empty where it is not needed."""
     if isinstance(out, torch.Tensor):
         return terms
-    return [terms, *([int(n) for n in extra.shape] for extra in out[1:])]
+    shape = tuple(map(u.size_of, statistics))
+    return [terms, *(statistics if tuple(extra.shape) == shape else [int(n) for n in extra.shape] for extra in out[1:])]
 
 
 @rule(
@@ -93,15 +95,24 @@ def _with_statistics(terms: list[Term], out: Any) -> Any:
     "upsample_bicubic2d",
     "_upsample_bilinear2d_aa",
     "_upsample_bicubic2d_aa",
+    "_upsample_lanczos2d_aa",
     "upsample_nearest1d",
+    "_upsample_nearest_exact1d",
     "upsample_linear1d",
-    "reflection_pad2d",
-    "replication_pad2d",
+    "upsample_nearest3d",
+    "_upsample_nearest_exact3d",
+    "upsample_trilinear3d",
     "reflection_pad1d",
+    "reflection_pad2d",
+    "reflection_pad3d",
     "replication_pad1d",
+    "replication_pad2d",
+    "replication_pad3d",
     "avg_pool3d",
+    "_adaptive_avg_pool3d",
+    "adaptive_avg_pool3d",
+    "adaptive_max_pool3d",
     "max_pool3d_with_indices",
-    "lp_pool2d",
 )
 def _pool(t: Tracer, out: Any, *, self: torch.Tensor | None = None, input: torch.Tensor | None = None, **_: Any) -> Any:
     source = self if self is not None else input
@@ -116,7 +127,32 @@ def _pool(t: Tracer, out: Any, *, self: torch.Tensor | None = None, input: torch
     return of(out) if isinstance(out, torch.Tensor) else [of(tensor) for tensor in out]
 
 
-@rule("grid_sampler_2d", "grid_sampler")
+@rule("max_unpool2d", "max_unpool3d")
+def _unpool(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, indices: torch.Tensor, output_size: Sequence[int], **_: Any) -> list[Term]:
+    terms = elementwise(t, (self, indices))
+    space = len(output_size)
+    keep_still(t, terms[-space:], "pools or resamples it")
+    return [*terms[:-space], *(int(n) for n in out.shape[-space:])]
+
+
+@rule("fractional_max_pool2d", "fractional_max_pool3d")
+def _fractional_pool(t: Tracer, out: Any, *, self: torch.Tensor, random_samples: torch.Tensor, **_: Any) -> list[list[Term]]:
+    space = 2 if "2d" in t.operation else 3
+    terms = t.dims(self)
+    keep_still(t, [*terms[-space:], t.dims(random_samples)[-1]], "pools or resamples it")
+    for a, b in zip(terms[:-space][-2:], t.dims(random_samples)[:-1][-len(terms[:-space]) :], strict=True):
+        t.unify(a, b)
+    return [[*terms[:-space], *(int(n) for n in out[0].shape[-space:])] for _ in out]
+
+
+@rule("affine_grid_generator")
+def _affine_grid(t: Tracer, out: torch.Tensor, *, theta: torch.Tensor, **_: Any) -> list[Term]:
+    batch, *matrix = t.dims(theta)
+    keep_still(t, matrix, "reads it as a matrix of coordinates")
+    return [batch, *(int(n) for n in out.shape[1:])]
+
+
+@rule("grid_sampler_2d", "grid_sampler_3d", "grid_sampler")
 def _grid_sample(t: Tracer, out: torch.Tensor, *, input: torch.Tensor, grid: torch.Tensor, **_: Any) -> list[Term]:
     batch, channels, *space = t.dims(input)
     keep_still(t, [*space, *t.dims(grid)[1:]], "samples by position")

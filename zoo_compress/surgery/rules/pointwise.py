@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ...structure import unify as u
 from ...structure.terms import Term
 from ..tracer import Tracer
 from .base import elementwise, rule
@@ -24,7 +25,21 @@ def _filled_like(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, **_: Any) 
     return t.dims(self)
 
 
-@rule("empty_like", "rand_like", "randn_like", "bernoulli", "fill_", "zero_", "normal_", "uniform_", "bernoulli_", "fill")
+@rule(
+    "empty_like",
+    "rand_like",
+    "randn_like",
+    "randint_like",
+    "fill",
+    "zero",
+    "normal_",
+    "uniform",
+    "random",
+    "exponential",
+    "geometric",
+    "cauchy",
+    "log_normal",
+)
 def _like(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, **_: Any) -> list[Term]:
     return t.dims(self)
 
@@ -60,10 +75,44 @@ def _uniform(t: Tracer, out: torch.Tensor, **_: Any) -> list[Term]:
     return [t.uniform(int(n)) for n in out.shape]
 
 
-@rule("hardswish", "prelu", "_prelu_kernel", "masked_fill", "where", "floor_divide")
+@rule(
+    "hardswish",
+    "prelu",
+    "_prelu_kernel",
+    "masked_fill",
+    "where",
+    "floor_divide",
+    "complex",
+    "polar",
+    "bernoulli",
+    "normal",
+    "poisson",
+    "binomial",
+    "_standard_gamma",
+    "rrelu_with_noise",
+)
 def _elementwise(t: Tracer, out: torch.Tensor, **named: Any) -> list[Term]:
     # Elementwise operations that do not carry torch's tag for it.
     return elementwise(t, [value for value in named.values() if isinstance(value, torch.Tensor)])
+
+
+@rule("log_sigmoid_forward")
+def _log_sigmoid(t: Tracer, out: Any, *, self: torch.Tensor) -> list[list[Term]]:
+    value, buffer = out
+    terms = t.dims(self)
+    return [terms, terms if buffer.shape == value.shape else [int(n) for n in buffer.shape]]
+
+
+@rule("view_as_real")
+def _as_real(t: Tracer, out: torch.Tensor, *, self: torch.Tensor) -> list[Term]:
+    return [*t.dims(self), 2]
+
+
+@rule("view_as_complex")
+def _as_complex(t: Tracer, out: torch.Tensor, *, self: torch.Tensor) -> list[Term]:
+    *terms, parts = t.dims(self)
+    u.fix(parts, f"{t.where} reads it as real and imaginary parts")
+    return terms
 
 
 @rule("glu")

@@ -10,6 +10,7 @@ import torch
 
 from ...structure import unify as u
 from ...structure.terms import Term, concat, product
+from ...structure.unify import Variable
 from ..tracer import Tracer
 from .base import dims_of, keep_still, number, rule
 
@@ -25,26 +26,26 @@ def _permute(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, dims: Sequence
     return [terms[d] for d in dims]
 
 
-@rule("transpose", "transpose_", "swapaxes")
+@rule("transpose", "swapaxes")
 def _transpose(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, dim0: int, dim1: int, **_: Any) -> list[Term]:
     terms = t.dims(self)
     terms[dim0], terms[dim1] = terms[dim1], terms[dim0]
     return terms
 
 
-@rule("t", "t_")
+@rule("t")
 def _t(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, **_: Any) -> list[Term]:
     return t.dims(self)[::-1]
 
 
-@rule("unsqueeze", "unsqueeze_")
+@rule("unsqueeze")
 def _unsqueeze(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, dim: int, **_: Any) -> list[Term]:
     terms = t.dims(self)
     terms.insert(dim % out.ndim, 1)
     return terms
 
 
-@rule("squeeze", "squeeze_")
+@rule("squeeze")
 def _squeeze(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, dim: int | Sequence[int] | None = None, **_: Any) -> list[Term]:
     terms = t.dims(self)
     gone = dims_of(dim, len(terms))
@@ -58,14 +59,14 @@ def _expand(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, **_: Any) -> li
     return [term if u.size_of(term) == n else t.uniform(int(n)) for term, n in zip(terms, out.shape, strict=True)]
 
 
-@rule("repeat")
+@rule("repeat", costly=True)
 def _repeat(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, repeats: Sequence[int], **_: Any) -> list[Term]:
     terms = t.dims(self)
     terms = [1] * (len(repeats) - len(terms)) + terms
     return [product(t.uniform(int(r)), term) if r > 1 else term for r, term in zip(repeats, terms, strict=True)]
 
 
-@rule("slice", "narrow")
+@rule("slice")
 def _slice(
     t: Tracer,
     out: torch.Tensor,
@@ -157,6 +158,63 @@ def _pad(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, pad: Sequence[int]
     return terms
 
 
+@rule("slice_scatter")
+def _slice_scatter(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, src: torch.Tensor, **named: Any) -> list[Term]:
+    for a, b in zip(_slice(t, src, self=self, **named), t.dims(src), strict=True):
+        t.unify(a, b)
+    return t.dims(self)
+
+
+@rule("select_scatter")
+def _select_scatter(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, src: torch.Tensor, dim: int, **_: Any) -> list[Term]:
+    for a, b in zip(_select(t, src, self=self, dim=dim), t.dims(src), strict=True):
+        t.unify(a, b)
+    return t.dims(self)
+
+
+@rule("diagonal")
+def _diagonal(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, dim1: int = 0, dim2: int = 1, **_: Any) -> list[Term]:
+    terms = t.dims(self)
+    read = {dim1 % len(terms), dim2 % len(terms)}
+    keep_still(t, [terms[d] for d in read], "reads a diagonal of it")
+    return [*(term for d, term in enumerate(terms) if d not in read), int(out.shape[-1])]
+
+
+@rule("diagonal_scatter")
+def _diagonal_scatter(
+    t: Tracer, out: torch.Tensor, *, self: torch.Tensor, src: torch.Tensor, dim1: int = 0, dim2: int = 1, **_: Any
+) -> list[Term]:
+    for a, b in zip(_diagonal(t, src, self=self, dim1=dim1, dim2=dim2), t.dims(src), strict=True):
+        t.unify(a, b)
+    return t.dims(self)
+
+
+@rule("diag_embed")
+def _diag_embed(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, dim1: int = -2, dim2: int = -1, **_: Any) -> list[Term]:
+    *terms, diagonal = t.dims(self)
+    keep_still(t, [diagonal], "puts it on a diagonal")
+    for d in sorted((dim1 % out.ndim, dim2 % out.ndim)):
+        terms.insert(d, int(out.shape[d]))
+    return terms
+
+
+@rule("tril", "triu")
+def _triangle(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, **_: Any) -> list[Term]:
+    terms = t.dims(self)
+    keep_still(t, terms[-2:], "reads a triangle of it")
+    return terms
+
+
+@rule("rot90")
+def _rot90(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, k: int = 1, dims: Sequence[int] = (0, 1)) -> list[Term]:
+    terms = t.dims(self)
+    a, b = dims
+    keep_still(t, [terms[a], terms[b]], "moves its elements")
+    if k % 2:
+        terms[a], terms[b] = terms[b], terms[a]
+    return terms
+
+
 @rule("roll", "flip")
 def _roll(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, dims: Sequence[int] = (), **_: Any) -> list[Term]:
     terms = t.dims(self)
@@ -164,20 +222,39 @@ def _roll(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, dims: Sequence[in
     return terms
 
 
-@rule("as_strided", "as_strided_")
-def _as_strided(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, size: Sequence[int], stride: Sequence[int], **_: Any) -> list[Term]:
+@rule("as_strided")
+def _as_strided(
+    t: Tracer,
+    out: torch.Tensor,
+    *,
+    self: torch.Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    storage_offset: int | None = None,
+    **_: Any,
+) -> list[Term]:
     terms = t.dims(self)
-    if tuple(size) == tuple(u.size_of(term) for term in terms):
+    steps = zip(self.shape, self.stride(), stride, strict=False)
+    if tuple(size) == tuple(self.shape) and storage_offset in (None, self.storage_offset()) and all(n < 2 or a == b for n, a, b in steps):
         return terms
     keep_still(t, terms, "reads memory by strides")
     return [int(n) for n in out.shape]
 
 
+@rule("set")
+def _set(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, source: Any = None, **named: Any) -> list[Term]:
+    if not isinstance(source, torch.Tensor) or "storage_offset" in named:
+        raise NotImplementedError
+    return t.dims(source)
+
+
 @rule("unfold")
 def _unfold(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, dimension: int, **_: Any) -> list[Term]:
     terms = t.dims(self)
-    keep_still(t, [terms[dimension]], "slides a window along it")
-    terms[dimension] = int(out.shape[dimension])
+    dimension %= max(len(terms), 1)
+    if terms:
+        keep_still(t, [terms[dimension]], "slides a window along it")
+        terms[dimension] = int(out.shape[dimension])
     return [*terms, int(out.shape[-1])]
 
 
@@ -198,6 +275,14 @@ def _col2im(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, **_: Any) -> li
     return [*batch, channels, int(out.shape[-2]), int(out.shape[-1])]
 
 
+@rule("channel_shuffle", "native_channel_shuffle")
+def _channel_shuffle(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, groups: int) -> list[Term]:
+    batch, channels, *space = t.dims(self)
+    each = Variable(int(self.shape[1]) // groups, piece=True)
+    t.unify(channels, product(t.group(groups), each))
+    return [batch, product(each, t.groups), *space]
+
+
 @rule("pixel_shuffle")
 def _pixel_shuffle(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, upscale_factor: int, **_: Any) -> list[Term]:
     *batch, channels, height, width = t.dims(self)
@@ -213,3 +298,10 @@ def _pixel_unshuffle(t: Tracer, out: torch.Tensor, *, self: torch.Tensor, downsc
     *batch, channels, height, width = t.dims(self)
     keep_still(t, [height, width], "interleaves it")
     return [*batch, product(channels, downscale_factor**2), int(out.shape[-2]), int(out.shape[-1])]
+
+
+@rule("_pack_padded_sequence")
+def _pack(t: Tracer, out: Sequence[torch.Tensor], *, input: torch.Tensor, **_: Any) -> list[list[Term]]:
+    first, second, *features = t.dims(input)
+    keep_still(t, [first, second], "packs sequences along it")
+    return [[int(out[0].shape[0]), *features], [int(n) for n in out[1].shape]]
