@@ -271,5 +271,6 @@ def test_analysis_draws_no_random_number_of_the_programs_own_and_comes_out_the_s
         expected = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
         layouts.add(str(zc.analyze(model, torch.randn(2, 8, generator=torch.Generator().manual_seed(0)))))
         assert torch.equal(torch.get_rng_state(), expected[0])
-        assert (np.random.get_state()[1] == expected[1]).all() and random.getstate() == expected[2]
+        assert (np.random.get_state()[1] == expected[1]).all()
+        assert random.getstate() == expected[2]
     assert len(layouts) == 1
