@@ -417,7 +417,7 @@ class Recurrent(nn.Module):
         (nn.LSTM, {"bidirectional": True, "num_layers": 2}, 5),
         (nn.LSTM, {"last": True, "bidirectional": True}, 2),
         (nn.GRU, {"last": True, "num_layers": 2}, 2),
-        (nn.LSTM, {"proj_size": 6}, 2),
+        (nn.LSTM, {"proj_size": 6}, 3),
     ],
 )
 def test_recurrent_layers(kind, options, free):

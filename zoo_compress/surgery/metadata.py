@@ -201,9 +201,13 @@ def _sides(path: str, block: nn.Module, dims: dict[str, list[Term]], attributes:
 
 def _standard(path: str, module: nn.Module, dims: dict[str, list[Term]], attributes: Attributes) -> Iterator[tuple[str, Term]]:
     prefix = f"{path}." if path else ""
-    if isinstance(module, nn.RNNBase):
-        yield "input_size", dims[f"{prefix}weight_ih_l0"][1]
-        yield "hidden_size", dims[f"{prefix}weight_hh_l0"][1]
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        first = "_l0" if isinstance(module, nn.RNNBase) else ""
+        yield "input_size", dims[f"{prefix}weight_ih{first}"][1]
+        if projection := dims.get(f"{prefix}weight_hr{first}"):
+            yield from zip(("proj_size", "hidden_size"), projection, strict=True)
+        else:
+            yield "hidden_size", dims[f"{prefix}weight_hh{first}"][1]
         return
     weight = dims.get(f"{prefix}weight") or dims.get(f"{prefix}running_mean")
     if weight is None:
