@@ -164,6 +164,18 @@ def test_models_made_with_arguments_are_saved(name, kwargs, compress, tmp_path):
         assert torch.equal(found(images(small)), small(images(small)))
 
 
+@pytest.mark.parametrize("compress", COMPRESS)
+def test_how_attention_is_computed_is_no_part_of_a_model(compress, tmp_path):
+    """timm switches it for the whole process: the same function, rounded in another way."""
+    model = made("test_vit")
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = not module.fused_attn
+    small = COMPRESS[compress](model)
+    with torch.no_grad():
+        torch.testing.assert_close(again(small, tmp_path)(images(small)), small(images(small)))
+
+
 def test_saving_leaves_no_trace(tmp_path):
     model = made().train()
     model.layer1.eval()

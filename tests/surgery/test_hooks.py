@@ -139,6 +139,18 @@ def test_what_torch_registers_is_part_of_the_model(model):
     assert len(model.fc._forward_pre_hooks) == 1
 
 
+def test_early_exits_still_leave_while_a_user_looks_on(model, tmp_path):
+    net, seen = zc.add_exits(model, 1).eval(), []
+    net.layer1.register_forward_hook(lambda module, args, output: seen.append(output))
+    zc.save(net, tmp_path)
+    assert not seen
+    assert zc.measure(net, runs=1, warmup=1).macs
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    with torch.no_grad():
+        assert torch.equal(again(IMAGES), net(IMAGES))
+    assert len(seen) == 1
+
+
 class Remembers(nn.Module):
     """A model that computes by hooks of its own."""
 

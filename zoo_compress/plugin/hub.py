@@ -40,8 +40,9 @@ def save(model: nn.Module, directory: str | Path) -> None:
     `timm.create_model("local-dir:<directory>", pretrained=True)` reads it, given `import zoo_compress` for compressed ones.
 
     What was written is created again and run beside the model on two images, in eval mode, in its own precision, device and memory format:
-    every module must give the same to the bit, or nothing is saved. This takes about two forward passes and, while it lasts, the memory
-    of one more copy of the model. What only training tells apart is not compared: timm stores no drop rates.
+    every module must give the same to the bit, or nothing is saved. This takes as long as some six forward passes (what modules give is
+    hashed) and, while it lasts, the memory of one more copy of the model. What only training tells apart is not compared: timm stores no
+    drop rates.
 
     BatchNorms that timm's `freeze` froze come back frozen. A model that is not compressed otherwise then becomes one of
     zoo_compress's names, as a `<architecture>__pruned` from which nothing was removed: plain timm would not freeze them.

@@ -28,6 +28,9 @@ REMEDY = (
     "num_classes=, pass other changes to timm.create_model as arguments, and save before blocks are merged (reparameterize, fuse)"
 )
 
+RUNTIME = ("fused_attn",)
+"""Attributes by which timm's modules remember a switch of the whole process (`timm.layers.set_fused_attn`), which no file is about."""
+
 Digests = dict[str, list[bytes]]
 """Path of a module → digests of what its calls gave."""
 
@@ -87,7 +90,11 @@ def _compare(model: nn.Module, again: nn.Module, images: Tensor) -> None:
 
 
 def _like(again: nn.Module, model: nn.Module) -> None:
-    """Give every tensor the precision, device and memory format of the one it stands for."""
+    """Give every tensor the precision, device and memory format of the one it stands for, and modules their switches."""
+    modules = dict(model.named_modules())
+    for path, module in again.named_modules():
+        switches = {name: value for name, value in vars(modules.get(path, module)).items() if name in RUNTIME}
+        vars(module).update((name, value) for name, value in switches.items() if name in vars(module))
     own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
     for module_path, module in again.named_modules():
         for tensors in (module._parameters, module._buffers):
@@ -113,8 +120,16 @@ def _run(model: nn.Module, images: Tensor) -> tuple[Digests, Exception | None]:
     """Digests of what every module gives, in the order in which modules end, the whole by an empty path; and what went wrong."""
     found: Digests = {}
 
+    last: list[Any] = [None, 0, b""]  # what a block gives is what its last layer gave
+
     def watch(path: str) -> Any:
-        return lambda module, args, out: found.setdefault(path, []).append(_digest(out))
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            version = out._version if isinstance(out, Tensor) else 0
+            if out is not last[0] or version != last[1]:
+                last[:] = out, version, _digest(out)
+            found.setdefault(path, []).append(last[2])
+
+        return hook
 
     handles = [module.register_forward_hook(watch(path)) for path, module in model.named_modules()]
     model.eval()

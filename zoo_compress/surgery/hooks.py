@@ -40,8 +40,8 @@ _FLAGS = {
 def away(model: object) -> Iterator[Hooks]:
     """Within, a model has none of its users' hooks, which come back to it afterwards.
 
-    What torch itself registers, such as `weight_norm` and the masks of `torch.nn.utils.prune`, stays, and so do methods of the model's own
-    parts, by which timm collects features: they are how the model computes.
+    What torch and this package register stays, such as `weight_norm`, the masks of `torch.nn.utils.prune` and early exits, and so do
+    methods of the model's own parts, by which timm collects features: they are how the model computes.
 
     Yields:
         What was taken away.
@@ -132,7 +132,7 @@ def _belongs(hook: Any, parts: set[int]) -> bool:
     if isinstance(hook, MethodType):
         return id(hook.__self__) in parts
     kind = hook if isinstance(hook, FunctionType) else type(hook)
-    return (kind.__module__ or "").partition(".")[0] == "torch"
+    return (kind.__module__ or "").partition(".")[0] in ("torch", __name__.partition(".")[0])
 
 
 def _hooked(model: nn.Module, hooks: Hooks, copied: Callable[[nn.Module], nn.Module]) -> nn.Module:
