@@ -234,3 +234,46 @@ def test_criterion_that_ranks_nothing():
 def test_not_a_model():
     with pytest.raises(zc.CompressError, match="expected a torch"):
         zc.prune("resnet18", macs=0.5)
+
+
+def test_what_is_handed_out_is_proven():
+    """The resize proof is content with a model whose cut moves among its channels; the zeroing proof is not."""
+
+    class Cut(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.fc = torch.nn.Conv2d(3, 32, 3), torch.nn.Conv2d(32, 10, 3)
+
+        def forward(self, x):
+            x = self.stem(x).relu()
+            cut = int(x.shape[1] * 0.25)
+            return self.fc(torch.cat([x[:, :cut] * 2, x[:, cut:]], 1)).mean((2, 3))
+
+    class Plain(Cut):
+        def forward(self, x):
+            return self.fc(self.stem(x).relu()).mean((2, 3))
+
+    torch.manual_seed(0)
+    model, image = Cut().eval(), torch.randn(2, 3, 16, 16)
+    model.stem.weight.data[:16] *= 0.1  # these go, and with them all that are doubled
+    layout = zc.analyze(Plain().eval(), image)  # as if the cut had not been seen
+    with pytest.raises(zc.VerificationError, match="zeroing proof"):
+        zc.prune(model, macs=0.5, layout=layout)
+    assert zc.prune(model, macs=0.5, layout=layout, check=False).stem.out_channels < 32
+
+
+def test_proofs_leave_the_model_alone():
+    class Counts(torch.nn.Sequential):
+        def __init__(self, *layers):
+            super().__init__(*layers)
+            self.register_buffer("calls", torch.zeros(1))
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x)
+
+    model = Counts(torch.nn.Linear(6, 32), torch.nn.Linear(32, 3)).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    zc.prune(model, keep=0.5, layout=zc.analyze(model, torch.randn(2, 6)))
+    assert model.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

@@ -165,7 +165,7 @@ REFUSED = {
     Grouped: "in groups",
     Unused: "not used",
     Hooked: "hooks",
-    Parametrized: "something else of its weight",
+    Parametrized: "parametrize.remove_parametrizations",
 }
 
 

@@ -115,3 +115,148 @@ def test_rounding_in_a_deep_network_is_no_wrong_layout():
     image = torch.randn(2, 3, 8, 8)
     layout = zc.analyze(model, image)
     assert zc.verify(model, layout, image).permutation_error < 1e-9
+
+
+class Sums(nn.Module):
+    """Channels that are summed: by `sum`, or in a product of two activations."""
+
+    def __init__(self, before, how):
+        super().__init__()
+        self.a, self.b, self.fc = nn.Linear(6, 32), nn.Linear(6, 32), nn.Linear(4, 3)
+        self.before, self.how = before, how
+
+    def forward(self, x):
+        x = x.unflatten(1, (4, 6))
+        a, b = self.before(self.a(x)), self.before(self.b(x))
+        return self.fc(a.sum(2) + b.sum(2) if self.how == "sum" else (a @ b.transpose(1, 2)).sum(1))
+
+
+@pytest.mark.parametrize("how", ["sum", "product"])
+def test_what_is_summed_stays_in_the_zeroing_proof(how):
+    image = torch.randn(2, 24)
+    for before, zero in ((torch.relu, True), (lambda x: x * x.sigmoid(), True), (torch.sigmoid, False), (torch.exp, False)):
+        model = Sums(before, how).eval()
+        layout = zc.analyze(model, image)
+        assert layout.free
+        assert (layout.normalised == frozenset()) == zero
+        assert (zc.verify(model, layout, image).zeroing_error is not None) == zero
+
+
+def test_the_zeroing_proof_finds_what_sums_to_something_else():
+    """A mean over what is left, in a layout that does not know that it is one."""
+
+    class Mean(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(6, 32)
+
+        def forward(self, x):
+            return self.a(x).mean(1, keepdim=True)
+
+    image = torch.randn(2, 6)
+    layout = zc.analyze(model := Mean().eval(), image)
+    assert zc.verify(model, layout, image).zeroing_error is None
+    with pytest.raises(zc.VerificationError, match="zeroing proof"):
+        zc.verify(model, dataclasses.replace(layout, normalised=frozenset()), image)
+
+
+class Divides(nn.Module):
+    """Channels over something that is learned for each, and is no number of a weight."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.a, self.b, self.kind = nn.Linear(6, 32), nn.Linear(32, 3), kind
+        if kind == "knots":
+            self.knots = nn.Parameter(torch.linspace(-1, 1, 5).repeat(32, 1))
+        else:
+            self.scale = nn.Parameter(torch.rand(32) + 0.5)
+
+    def forward(self, x):
+        x = self.a(x)
+        if self.kind == "temperature":
+            return self.b(x / self.scale)
+        if self.kind == "logarithm":
+            return self.b(x * self.scale.log())
+        steps = (x[..., None] - self.knots[:, :-1]) / (self.knots[:, 1:] - self.knots[:, :-1])
+        return self.b(steps.clamp(0, 1).sum(-1))
+
+
+@pytest.mark.parametrize("kind", ["temperature", "logarithm", "knots"])
+def test_what_divides_is_not_zeroed(kind):
+    model, image = Divides(kind).eval(), torch.randn(2, 6)
+    assert zc.verify(model, zc.analyze(model, image), image).zeroing_error < 1e-9
+    zc.prune(model, keep=0.5, layout=zc.analyze(model, image))
+
+
+def test_a_model_that_draws_random_numbers():
+    class Noisy(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + torch.randn_like(x[:, :1])
+
+    model, image = nn.Sequential(nn.Linear(6, 32), Noisy(32, 3)).eval(), torch.randn(2, 6)
+    with pytest.raises(zc.VerificationError, match="random"):
+        zc.verify(model, zc.analyze(model, image), image)
+    with pytest.raises(zc.VerificationError, match=r"random.*check=False"):
+        zc.prune(model, keep=0.5, layout=zc.analyze(model, image))
+
+
+def test_a_model_that_keeps_a_state():
+    class Remembers(nn.Linear):
+        before = 0.0
+
+        def forward(self, x):
+            self.before = self.before / 2 + super().forward(x)
+            return self.before
+
+    model, image = nn.Sequential(Remembers(6, 32), nn.Linear(32, 3)).eval(), torch.randn(2, 6)
+    with pytest.raises(zc.VerificationError, match="state between calls"):
+        zc.verify(model, zc.analyze(model, image), image)
+
+
+def test_an_output_that_no_weight_changes_proves_nothing():
+    class Constant(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x) * 0
+
+    model, image = Constant(nn.Linear(6, 32), nn.Linear(32, 3)).eval(), torch.randn(2, 6)
+    with pytest.raises(zc.VerificationError, match="whatever its weights are"):
+        zc.verify(model, zc.analyze(model, image), image)
+
+
+def test_integers_are_taken_as_they_are():
+    model = nn.Sequential(nn.Embedding(9, 32), nn.Flatten(), nn.Linear(96, 16), nn.ReLU(), nn.Linear(16, 3)).eval()
+    ids = torch.randint(1, 9, (2, 3))
+    layout = zc.analyze(model, ids)
+    assert len(zc.verify(model, layout, ids).axes_checked) == 2
+    assert zc.prune(model, params=0.5, layout=layout)(ids).shape == (2, 3)
+
+
+def test_costs_that_depend_on_the_image_are_no_contradiction():
+    class Routed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.gate, self.out = nn.Linear(6, 32), nn.Linear(32, 2), nn.Linear(32, 3)
+            self.experts = nn.ModuleList(nn.Sequential(nn.Linear(32, n), nn.ReLU(), nn.Linear(n, 32)) for n in (64, 16))
+
+        def forward(self, x):
+            x = self.stem(x)
+            chosen, y = self.gate(x).argmax(1), torch.zeros_like(x)
+            for i, expert in enumerate(self.experts):
+                rows = (chosen == i).nonzero()[:, 0]
+                if len(rows):
+                    y = y.index_add(0, rows, expert(x[rows]))
+            return self.out(x + y)
+
+    torch.manual_seed(0)
+    model, image = Routed().eval(), torch.randn(16, 6)
+    layout = zc.analyze(model, image)
+    zc.verify(model, layout, image)
+
+
+def test_an_axis_without_movable_elements_is_no_reason_to_fail():
+    """Where everything is frozen, there is nothing to bisect."""
+    model = nn.Sequential(nn.Linear(6, 3)).eval()
+    image = torch.randn(2, 6)
+    found = zc.verify(model, zc.analyze(model, image), image)
+    assert found.axes_checked == ()
+    assert found.permutation_error == 0

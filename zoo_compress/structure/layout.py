@@ -55,8 +55,8 @@ class Layout:
         input_shape: Shape of that batch, (batch, channels, height, width).
         outputs: One term per dimension of each tensor that the model gave for it.
         trained: Names in `params` that are parameters; the others are buffers.
-        normalised: Axes whose elements influence each other (a mean, norm or softmax runs over them, or a product of activations sums
-            over them), so that removing elements differs from zeroing them.
+        normalised: Axes whose elements influence each other (a mean, norm or softmax runs over them, or a sum of what need not be zero
+            for an element whose weights are), so that removing elements differs from zeroing them.
         unknown: Operations met that have no rule → how often.
         untrained: Why the model did not run in training mode, where what only that reaches or gives was therefore not seen.
         example: The batch itself, a tensor, with or without data: what later runs of the model are given.

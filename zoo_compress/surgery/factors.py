@@ -215,10 +215,9 @@ def _failure(model: nn.Module, factors: Mapping[str, Factor], example: torch.Ten
     except MODEL_ERRORS as error:
         cause = error.__cause__ or error
         return f"the model asks for more of it than to be called ({' '.join(str(cause).split())[:120]})"
-    shape = (1, *example.shape[1:])
     change = float("inf")
     for double in (False, True):
-        dense, image, _ = randomised(model, shape, seed, double=double)
+        dense, image, _ = randomised(model, example[:1], seed, double=double)
         two = copy.deepcopy(dense)
         generator = torch.Generator().manual_seed(seed)
         for path, factor in factors.items():

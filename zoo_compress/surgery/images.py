@@ -41,9 +41,11 @@ def image_batches(data: Iterable[object]) -> list[torch.Tensor]:
 
 
 def fitting(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Images where a model is, in the precision of its weights."""
+    """Images where a model is, in the precision of its weights; what is no floating-point number stays that."""
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
-    return images if parameter is None else images.to(parameter.device, parameter.dtype)
+    if parameter is None:
+        return images
+    return images.to(parameter.device, parameter.dtype if images.is_floating_point() else images.dtype)
 
 
 def parted(images: list[torch.Tensor], half: int, size: int, limit: int) -> list[torch.Tensor]:

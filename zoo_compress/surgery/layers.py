@@ -21,7 +21,7 @@ from .kernels import Kernels
 from .modules import eval_copy, every_output, holders
 from .trace import default_input
 from .tracer import MODEL_ERRORS
-from .weights import refuse_computed
+from .weights import computed
 
 
 @dataclass
@@ -72,11 +72,7 @@ def dense_layers(model: nn.Module, layout: Layout, example: torch.Tensor | None 
 
     Returns:
         Path → layer, and path → reason.
-
-    Raises:
-        CompressError: If a layer's weight is computed anew for every pass; see `weights.refuse_computed`.
     """
-    refuse_computed(model)
     found: dict[str, DenseLayer] = {}
     left: dict[str, str] = {}
     names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
@@ -85,7 +81,7 @@ def dense_layers(model: nn.Module, layout: Layout, example: torch.Tensor | None 
     for path, module in model.named_modules():
         if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
             continue
-        reason = unfit(module)
+        reason = computed(module, path) or unfit(module)
         if reason is None and not path:
             reason = "it is the whole model"
         if reason is None and names[id(module)] > 1:

@@ -26,7 +26,7 @@ from ..structure import unify as u
 from ..structure.layout import Layout
 from ..structure.terms import Term
 from ..structure.unify import Variable
-from . import metadata, recurrent  # noqa: F401 - importing registers the handlers of recurrent layers
+from . import metadata, recurrent, vanishing  # noqa: F401 - importing registers the handlers of recurrent layers
 from .elastic import Elastic
 from .finish import finish
 from .functions import FUNCTIONS
@@ -242,6 +242,7 @@ def _run_traced(tracer: Tracer, model: nn.Module, example: torch.Tensor, device:
     dims: dict[str, list[Term]] = {name: [Variable(n) if n > 1 else n for n in tensor.shape] for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         tracer.set(tensor, dims[name])
+        vanishing.mark(tensor)
     _mark_kept(tracer, clone)
     saved = clone.state_dict().keys()
     attributes = metadata.tag_attributes(clone)
@@ -545,6 +546,8 @@ class _Operations(TorchDispatchMode):
         if not tracer.quiet:
             before = len(tracer.costs)
             self._apply(func, args, kwargs, tensors, out)
+            numbers = any(isinstance(value, (int, float)) for value in args[1:])
+            vanishing.follow(tracer, name, tensors, numbers, list(_tensors([out])))
             self._numbers(name, tensors, out)
             if not func._schema.is_mutable:
                 tracer.loose.update((id(tensor), tensor) for tensor in _tensors([out]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,15 @@ from .images import fitting
 from .modules import clear_caches, copied, every_output, takes_model
 from .outputs import tensors_in
 from .resize import check_fits, permuted_copy, picks, resize
-from .trace import count_macs, default_input
+from .trace import count_macs, default_input, run_traced
 from .tracer import MODEL_ERRORS, named_tensors
 
 TOLERANCE = 1e-4
 ROUNDING = 1e-5
 """A change that single precision may cause; a larger one is looked at in double precision."""
+
+SMALL = 32
+"""Sides of the smallest images that a model is tried with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +60,19 @@ def verify(model: nn.Module, layout: Layout, example_input: torch.Tensor | None 
     Args:
         model: The model the layout was inferred of. It is not changed.
         layout: From `analyze`.
-        example_input: Batch (batch, channels, height, width) whose shape and dtype to use; timm models know theirs.
+        example_input: Batch (batch, channels, height, width) whose shape and dtype to use, and if these are no floating-point numbers, its
+            values; timm models know theirs.
         seed: Of the random weights, inputs and choices.
 
     Raises:
-        VerificationError: Naming the axis, parameter or count that fails.
+        VerificationError: Naming the axis, parameter or count that fails; or if nothing can be proven, because two passes of the model
+            differ (it draws random numbers, or keeps a state), or its output does not depend on its weights.
     """
     _check_fits(model, layout)
     generator = np.random.default_rng(seed)
-    example = example_input if example_input is not None else default_input(model)
-    subject, image, expected = randomised(model, tuple(example.shape), seed, double=True)
+    example = example_input if example_input is not None else _known_input(model, layout)
+    subject, image, expected = randomised(model, example, seed, double=True)
+    _check_proves(subject, image, expected, seed)
     change = _permutation_proof(subject, layout, generator, image, expected)
     widths = random_widths(layout, generator)
     macs = _resize_proof(subject, layout, widths, image)
@@ -92,14 +98,79 @@ def prove_permutation(model: nn.Module, layout: Layout, example_input: torch.Ten
         VerificationError: Naming the parameter that does not fit, or the axis whose permutation changes the output in double precision.
     """
     _check_fits(model, layout)
-    example = example_input if example_input is not None else default_input(model)
-    shape = (1, *example.shape[1:])
-    subject, image, expected = randomised(model, shape, seed, double=False)
+    example = (example_input if example_input is not None else _known_input(model, layout))[:1]
+    subject, image, expected = randomised(model, example, seed, double=False)
     change = _permutation_error(subject, layout, _movable(layout), np.random.default_rng(seed), image, expected)
     if change < ROUNDING:
         return change
-    subject, image, expected = randomised(model, shape, seed, double=True)
+    subject, image, expected = randomised(model, example, seed, double=True)
     return _permutation_proof(subject, layout, np.random.default_rng(seed), image, expected)
+
+
+def _known_input(model: nn.Module, layout: Layout) -> torch.Tensor:
+    return layout.example if layout.example is not None else default_input(model)
+
+
+def prove_zeroing(model: nn.Module, layout: Layout, widths: Mapping[str, np.ndarray]) -> float | None:
+    """The zeroing proof alone, of one choice of widths, at the least cost: on one sample and on the model's own weights, but for those that
+    are all alike (zeros, ones), which would hide what they multiply.
+
+    Args:
+        model: The model. It is not changed.
+        layout: Its layout.
+        widths: Axis → indices kept.
+
+    Returns:
+        Relative difference (L2) between the shrunk model and the model whose dropped elements are zeroed instead, over the axes that
+        nothing normalises across; None if there is no such axis.
+
+    Raises:
+        VerificationError: If they differ, or two passes of the model itself do.
+    """
+    example = _known_input(model, layout)
+    generator = torch.Generator().manual_seed(0)
+    subject = copied(model, {id(p): _varied(p, generator) for p in model.parameters()}).eval()
+    for part in _smaller(example):
+        try:
+            error = _zeroing_error(subject, layout, widths, fitting(subject, _drawn(part, generator)))
+        except MODEL_ERRORS:  # it runs on images of its own size, or on whole batches, only
+            clear_caches(subject)
+            continue
+        if error is None or error < TOLERANCE:
+            return error
+        break
+    subject, image, expected = randomised(model, example, 0, double=True)
+    error = _zeroing_error(subject, layout, widths, image)
+    if error is None or error < TOLERANCE:
+        return error
+    if differs := _two_passes(subject, image, expected):
+        raise VerificationError(f"{type(model).__name__} {differs}: what pruning it does cannot be proven. check=False prunes without")
+    raise VerificationError(
+        f"zeroing proof: the pruned model differs by {error:.3g} (relative) from the model with the same elements zeroed; verify(model, "
+        "layout) names the axis where it can, and exclude= leaves one alone"
+    )
+
+
+def _smaller(example: torch.Tensor) -> Iterator[torch.Tensor]:
+    """One sample of a batch, first as a small image if it is a large one: what holds of an element holds at every size."""
+    if example.ndim == 4 and example.is_floating_point() and min(example.shape[2:]) >= 4 * SMALL:
+        yield example[:1, :, : example.shape[2] // 4, : example.shape[3] // 4]
+    yield example[:1]
+
+
+def _alike(tensor: torch.Tensor) -> bool:
+    """Whether all elements are the same; a few tell of most tensors that they are not."""
+    values = tensor.detach().reshape(-1)
+    return all(bool((part == values[0]).all()) for part in (values[:64], values))
+
+
+@torch.no_grad()
+def _varied(parameter: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A parameter itself, which no pass changes, or random numbers in its place if its elements are all alike."""
+    if parameter.numel() < 2 or not parameter.is_floating_point() or not _alike(parameter):
+        return parameter
+    new = torch.rand(parameter.shape, generator=generator) * 0.5 + 0.5
+    return nn.Parameter((new if parameter.ndim <= 1 else (new - 0.75) * 0.08).to(parameter), requires_grad=False)
 
 
 def _check_fits(model: nn.Module, layout: Layout) -> None:
@@ -113,13 +184,14 @@ def _movable(layout: Layout) -> list[str]:
     return [name for name in layout.free if not layout.axes[name].ordered and layout.axes[name].size > 1]
 
 
-def randomised(model: nn.Module, shape: tuple[int, ...], seed: int, *, double: bool) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+def randomised(model: nn.Module, example: torch.Tensor, seed: int, *, double: bool) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     """A randomised copy in eval mode, an input for it and its output; with `double`, in double precision if the model runs in it.
 
-    A model of less than single precision, whose rounding would hide everything, is looked at in single precision if it runs in that.
+    The input is of the example's shape; random numbers, or where these are none the example itself. A model of less than single
+    precision, whose rounding would hide everything, is looked at in single precision if it runs in that.
     """
     generator = torch.Generator().manual_seed(seed)
-    image = torch.randn(shape, generator=generator)
+    image = _drawn(example, generator)
     subject = copied(model).cpu().eval().requires_grad_(False)
     randomise_(subject, generator)
     parameter = next((p for p in subject.parameters() if p.is_floating_point()), None)
@@ -131,15 +203,68 @@ def randomised(model: nn.Module, shape: tuple[int, ...], seed: int, *, double: b
         except RuntimeError:  # a model that mixes dtypes runs in its own only
             clear_caches(subject)
     if double:
-        _settle(subject, generator, shape)
+        _settle(subject, generator, example)
     if double and (parameter is None or parameter.dtype in (torch.float32, torch.float64)):
-        precise = copied(subject).double()
+        precise, exact = copied(subject).double(), image.double() if image.is_floating_point() else image
         try:
-            return precise, image.double(), run_flat(precise, image.double())
+            return precise, exact, run_flat(precise, exact)
         except RuntimeError:  # a model that mixes dtypes runs in its own only
             clear_caches(subject)
-    image = image.to(parameter.dtype if parameter is not None else image.dtype)
+    if parameter is not None and image.is_floating_point():
+        image = image.to(parameter.dtype)
     return subject, image, run_flat(subject, image)
+
+
+def _drawn(example: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """An input of an example's shape: random numbers in single precision, or where it has no floating-point numbers the example itself."""
+    if example.is_floating_point():
+        return torch.randn(example.shape, generator=generator)
+    return torch.zeros(example.shape, dtype=example.dtype) if example.is_meta else example.detach().cpu().clone()
+
+
+def _check_proves(model: nn.Module, image: torch.Tensor, expected: torch.Tensor, seed: int) -> None:
+    """Refuse a model of which nothing can be proven by comparing what it gives.
+
+    Raises:
+        VerificationError: If two passes differ, or weights change nothing.
+    """
+    what = type(model).__name__
+    if not expected.isfinite().all():
+        raise VerificationError(f"{what} computes infinities or NaNs with random weights and inputs: nothing can be compared")
+    if differs := _two_passes(model, image, expected):
+        raise VerificationError(f"{what} {differs}: nothing can be compared")
+    for other in range(1, 4):  # a position, say, may be the same by chance
+        changed = copied(model)
+        randomise_(changed, torch.Generator().manual_seed(seed + other))
+        if not torch.equal(run_flat(changed, image), expected):
+            return
+    if any(tensor.is_floating_point() and tensor.numel() for tensor in model.parameters()):
+        raise VerificationError(
+            f"{what} gives the same whatever its weights are, so nothing is proven by that; verify what computes it, such as its backbone"
+        )
+
+
+def _two_passes(model: nn.Module, image: torch.Tensor, expected: torch.Tensor) -> str | None:
+    """Why two passes of a model on the same input differ; None if they do not."""
+
+    def again() -> torch.Tensor | None:
+        try:
+            return run_flat(model, image)
+        except MODEL_ERRORS:
+            return None
+
+    def agree(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+        return a is not None and b is not None and a.shape == b.shape and relative(a, b) < ROUNDING
+
+    if agree(again(), expected):
+        return None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        first = again()
+        torch.manual_seed(0)
+        if agree(again(), first):
+            return "draws random numbers in eval mode, so that two passes differ"
+    return "keeps a state between calls, so that two passes differ; have its forward start anew, or reset it by a hook before every pass"
 
 
 def randomise_(model: nn.Module, generator: torch.Generator) -> None:
@@ -154,10 +279,11 @@ def randomise_(model: nn.Module, generator: torch.Generator) -> None:
             tensor.add_(torch.randn(tensor.shape, generator=generator) * max(0.5 * spread, 0.02))
 
 
-def _settle(model: nn.Module, generator: torch.Generator, shape: tuple[int, ...]) -> None:
+def _settle(model: nn.Module, generator: torch.Generator, example: torch.Tensor) -> None:
     """Move running statistics near those of the random weights: a deep network whose activations grow from layer to layer amplifies the
     rounding of its first until nothing can be told from its output."""
-    images = fitting(model, torch.randn(max(shape[0], 2), *shape[1:], generator=generator))
+    images = _drawn(example if len(example) > 1 else torch.cat([example, example]), generator)
+    images = fitting(model, images)
     try:
         found = estimate(model, [images])
     except MODEL_ERRORS:  # a layer that sees one value a channel has no statistics of a batch
@@ -185,6 +311,8 @@ def flat(output: Any) -> torch.Tensor:
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Relative difference (L2) of two tensors."""
+    if not expected.is_floating_point():
+        found, expected = found.double(), expected.double()
     return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
@@ -192,6 +320,8 @@ def _permutation_proof(
     model: nn.Module, layout: Layout, generator: np.random.Generator, image: torch.Tensor, expected: torch.Tensor
 ) -> float:
     movable = _movable(layout)
+    if not movable:
+        return 0.0
     change = _permutation_error(model, layout, movable, generator, image, expected)
     if not change < TOLERANCE:
         names = _guilty(model, layout, movable, generator, image, expected)
@@ -238,11 +368,15 @@ def _resize_proof(model: nn.Module, layout: Layout, widths: Mapping[str, np.ndar
         raise VerificationError(f"resize proof: the layout computes {computed:,} parameters, the shrunk model has {counted:,}")
     if image.dtype == torch.float64:  # activations that wait for gradients are most of what large models need: one sample, single precision
         shrunk, image = shrunk.float(), image.float()
+    elif not image.is_floating_point():
+        shrunk = shrunk.float()
     shrunk.requires_grad_(True)
     try:
         with every_output(shrunk):
             output = shrunk(image[:1])
-        flat(output).float().sum().backward()
+        total = flat(output).float().sum()
+        if total.requires_grad:
+            total.backward()
         shrunk.requires_grad_(False)
         shrunk.zero_grad()
     except MODEL_ERRORS as error:
@@ -251,13 +385,15 @@ def _resize_proof(model: nn.Module, layout: Layout, widths: Mapping[str, np.ndar
 
 
 def check_runs(resized: nn.Module, layout: Layout, widths: Widths, image: torch.Tensor) -> int:
-    """Run a resized model once, on a tensor whose data is not looked at, and compare its MACs with the layout's arithmetic.
+    """Run a resized model once and compare its MACs with the layout's arithmetic.
+
+    Where they depend on the values of the input (experts, cascades), there is nothing to compare.
 
     Args:
         resized: What `resize` made.
         layout: The layout of the model before.
         widths: The choice.
-        image: A batch; only its shape and dtype are used.
+        image: A batch, with data or without.
 
     Returns:
         MACs of one sample.
@@ -269,25 +405,64 @@ def check_runs(resized: nn.Module, layout: Layout, widths: Widths, image: torch.
         counted = count_macs(resized, image)
     except AnalysisError as error:
         raise VerificationError(f"resize proof: the pruned model does not run: {error}") from error
-    if counted != layout.macs(widths):
+    if counted != layout.macs(widths) and not _looks_at_values(resized, image):
         raise VerificationError(f"resize proof: the layout computes {layout.macs(widths):,} MACs, the pruned model has {counted:,}")
     return counted
 
 
+def _looks_at_values(model: nn.Module, image: torch.Tensor) -> bool:
+    """Whether a model does not run on tensors without data."""
+    try:
+        run_traced(model, image, "meta")
+    except MODEL_ERRORS:
+        return True
+    return False
+
+
 def _zeroing_error(model: nn.Module, layout: Layout, widths: Mapping[str, np.ndarray], image: torch.Tensor) -> float | None:
+    scaled = {str(axis) for text in layout.scales.values() for axis in terms.axes(parse(text))}
     chosen = {}
     for group in groups(layout):
-        if not any(name in layout.normalised for name in group.axes):
-            chosen.update({name: widths[name] for name in group.axes})
+        if not any(name in layout.normalised or name in scaled for name in group.axes):
+            chosen.update({name: widths[name] for name in group.axes if name in widths})
     chosen = picks(layout, chosen)
     if not chosen:
         return None
-    zeroed = copied(model)
-    for name, tensor in named_tensors(zeroed):
-        mask = _mask(layout, name, chosen)
-        if mask is not None and tensor.is_floating_point():
-            tensor.mul_(mask.to(tensor.dtype))
-    return relative(run_flat(resize(model, layout, chosen).eval(), image), run_flat(zeroed, image))
+    expected = run_flat(resize(model, layout, chosen).eval(), image)
+    masks = {name: _mask(layout, name, chosen) for name, tensor in named_tensors(model) if tensor.is_floating_point() and tensor.numel()}
+    zeros = {name: mask for name, mask in masks.items() if mask is not None}
+    found = _run_zeroed(model, zeros, image)
+    if expected.isfinite().all() and not found.isfinite().all():
+        # What divides (a step size, a temperature) may not be zeroed: 0 / 0 is no number, and what it divides is zero without.
+        error = relative(expected, _run_zeroed(model, _finite(model, zeros, image), image))
+        return error if error < TOLERANCE else None  # what divides may be left with something to divide
+    return relative(expected, found)
+
+
+@torch.no_grad()
+def _run_zeroed(model: nn.Module, masks: Mapping[str, torch.Tensor], image: torch.Tensor) -> torch.Tensor:
+    """What a model gives when some of its tensors are masked."""
+    instead: dict[int, torch.Tensor] = {id(parameter): parameter for parameter in model.parameters()}
+    for name, tensor in named_tensors(model):
+        if name in masks:
+            masked = tensor * masks[name].to(tensor)
+            instead[id(tensor)] = nn.Parameter(masked, requires_grad=False) if isinstance(tensor, nn.Parameter) else masked
+    return run_flat(copied(model, instead), image)
+
+
+def _finite(model: nn.Module, masks: Mapping[str, torch.Tensor], image: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The masks without those by which the model computes infinities or NaNs."""
+    left = dict(sorted(masks.items(), key=lambda item: -item[1].numel()))  # of what divides and what is divided, that is the larger
+    while not _run_zeroed(model, left, image).isfinite().all():
+        names = list(left)
+        low, high = 0, len(names)  # with the first `low` masked all is finite, with the first `high` it is not
+        while high - low > 1:
+            middle = (low + high) // 2
+            finite = _run_zeroed(model, {name: left[name] for name in names[:middle]}, image).isfinite().all()
+            low, high = (middle, high) if finite else (low, middle)
+        role = names[high - 1].rpartition(".")[2]  # tensors of one name tend to have one role
+        left = {name: mask for name, mask in left.items() if name.rpartition(".")[2] != role}
+    return left
 
 
 def _mask(layout: Layout, name: str, chosen: dict[str, np.ndarray]) -> torch.Tensor | None:

@@ -68,19 +68,32 @@ def refuse_computed(model: nn.Module) -> None:
         CompressError: Naming the first such layer and the call that makes its weight a parameter again.
     """
     for path, module in model.named_modules():
-        if not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) or "weight" in module._parameters or "weight" in module._buffers:
-            continue
-        if parametrize.is_parametrized(module, "weight"):
-            kinds = [type(step) for step in module.parametrizations["weight"]]  # type: ignore[index]
-            if any(kind.__module__.partition(".")[0] == __name__.partition(".")[0] for kind in kinds):
-                continue
-            what, call = kinds[-1].__name__.lstrip("_"), "parametrize.remove_parametrizations"
-        else:
-            what, call = next(filter(None, map(_remedy, module._forward_pre_hooks.values())), ("a hook", ""))
-        where = f"model.get_submodule({path!r})" if path else "model"
-        name = "" if "norm" in call else ", 'weight'"
-        remedy = f"call torch.nn.utils.{call}({where}{name}) first" if call else "make it a parameter first"
-        raise CompressError(f"{path or type(module).__name__}: its weight is computed by {what} before every pass; {remedy}")
+        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and not _is_ours(module) and (reason := computed(module, path)):
+            raise CompressError(f"{path or type(module).__name__}: {reason}")
+
+
+def _is_ours(module: nn.Module) -> bool:
+    steps = module.parametrizations["weight"] if parametrize.is_parametrized(module, "weight") else ()  # type: ignore[index]
+    return any(type(step).__module__.partition(".")[0] == __name__.partition(".")[0] for step in steps)
+
+
+def computed(module: nn.Module, path: str) -> str | None:
+    """By what a layer's weight is computed before every pass, and the call that ends that; None if it is a parameter or buffer.
+
+    Args:
+        module: A layer that has a weight.
+        path: Its name in the model.
+    """
+    if "weight" in module._parameters or "weight" in module._buffers:
+        return None
+    if parametrize.is_parametrized(module, "weight"):
+        what, call = type(module.parametrizations["weight"][-1]).__name__.lstrip("_"), "parametrize.remove_parametrizations"  # type: ignore[index]
+    else:
+        what, call = next(filter(None, map(_remedy, module._forward_pre_hooks.values())), ("a hook", ""))
+    where = f"model.get_submodule({path!r})" if path else "model"
+    name = "" if call.endswith("norm") else ", 'weight'"
+    remedy = f"call torch.nn.utils.{call}({where}{name}) first" if call else "make it a parameter first"
+    return f"its weight is computed by {what} before every pass; {remedy}"
 
 
 def _remedy(hook: object) -> tuple[str, str] | None:

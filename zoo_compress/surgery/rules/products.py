@@ -11,6 +11,7 @@ from ...structure import unify as u
 from ...structure.terms import Term, product
 from ...structure.unify import Variable
 from ..tracer import Tracer
+from ..vanishing import vanishes
 from .base import broadcast, elementwise, number, rule
 
 
@@ -165,7 +166,7 @@ def _matmul(t: Tracer, a: torch.Tensor, b: torch.Tensor) -> list[Term]:
     for x, y in zip(batch, other, strict=True):
         t.unify(x, y)
     t.unify(inner, inner_b)
-    if batch:  # a product of two activations
+    if batch and not (vanishes(t, a) or vanishes(t, b)):  # a product of two activations, to which removed elements may add
         t.mixed.append(inner)
     t.costs.append(product(*batch, rows, inner, columns))
     return [*batch, rows, columns]

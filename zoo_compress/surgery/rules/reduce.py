@@ -10,6 +10,7 @@ import torch
 from ...structure import unify as u
 from ...structure.terms import Term
 from ..tracer import Tracer
+from ..vanishing import vanishes
 from .base import broadcast, dims_of, elementwise, keep_still, rule
 
 
@@ -43,7 +44,8 @@ def _reduce(t: Tracer, out: Any, *, self: torch.Tensor, dim: int | Sequence[int]
         return elementwise(t, (self, named["other"]))
     terms = t.dims(self)
     gone = dims_of(dim, len(terms))
-    t.mixed.extend(terms[d] for d in gone)
+    if not (t.operation in ("sum", "nansum") and vanishes(t, self)):  # a sum of what is there alone: zeros add nothing
+        t.mixed.extend(terms[d] for d in gone)
     t.reduced.extend(terms[d] for d in gone)
     kept = _kept(terms, gone, keepdim)
     if isinstance(out, torch.Tensor):
