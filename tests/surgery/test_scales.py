@@ -87,6 +87,34 @@ def test_a_scale_computed_from_the_width_is_attentions_or_keeps_it(style, free):
     zc.verify(model, layout, IMAGES)
 
 
+class Shared(nn.Module):
+    """The scale is computed from residual width and heads. `tied`: so is the head width, which else is a number of its own."""
+
+    def __init__(self, tied):
+        super().__init__()
+        self.tied, self.heads, self.width = tied, 4, 16
+        self.patches, self.qkv, self.proj, self.fc = nn.Conv2d(3, 64, 8, 8), nn.Linear(64, 192), nn.Linear(64, 64), nn.Linear(64, 10)
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads if self.tied else self.width).permute(2, 0, 3, 1, 4)
+        attention = ((q * (c // self.heads) ** -0.5) @ k.mT).softmax(-1)
+        return self.fc((x + self.proj((attention @ v).transpose(1, 2).flatten(2))).mean(1))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_scale_computed_from_the_residual_width_follows_where_that_always_is_heads_times_head_width(tied):
+    torch.manual_seed(0)
+    model = Shared(tied).eval()
+    layout = zc.analyze(model, IMAGES)
+    assert (layout.axes[layout.params["patches.weight"][0]].frozen is None) == tied
+    zc.verify(model, layout, IMAGES)
+    if tied:
+        small = zc.prune(model, macs=0.5, layout=layout)
+        assert small.qkv.in_features // small.heads == small.qkv.out_features // 3 // small.heads < 16
+
+
 def test_the_scale_survives_a_switch_to_the_other_way():
     """A pruned model computes the same fused and by hand."""
     torch.manual_seed(0)

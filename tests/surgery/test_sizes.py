@@ -127,6 +127,23 @@ def test_numbers_computed_out_of_sight_keep_the_width(body):
     assert all(layout.axes[name].frozen for term in layout.params["stem.weight"][:1] for name in layout.axes if name in term.split())
 
 
+def test_a_greatest_common_divisor_that_is_the_number_of_groups_keeps_the_width():
+    """It is the same for 24 and 8 channels, not for 16."""
+
+    class Grouped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(3, 24, 3), nn.Conv2d(24, 10, 1)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return self.head(F.group_norm(x, math.gcd(x.shape[1], 32)))
+
+    layout = proven(Grouped().eval())
+    assert not layout.free
+    assert any("8, which the model's code computes" in str(axis.frozen) for axis in layout.axes.values())
+
+
 def test_only_the_widths_behind_an_unseen_number_are_kept():
     class Two(nn.Module):
         def __init__(self):

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..structure import unify as u
-from ..structure.terms import Term
-from .sizes import Computed, Setting, origins, plain, sides
+from ..structure.terms import Term, product
+from .sizes import Computed, Setting, expression, origins, plain
 
 if TYPE_CHECKING:
     from .tracer import Tracer
@@ -50,13 +50,16 @@ class Use:
         """Whether the number is the inverse square root of every width it scaled products over."""
         return bool(self.widths) and all(u.variables(w) and abs(self.value - u.size_of(w) ** -0.5) < 1e-9 for w in self.widths)
 
-    def recomputed(self) -> bool:
-        """Whether the model's code computes that inverse square root anew from the width itself."""
+    def recomputed(self, tracer: Tracer) -> bool:
+        """Whether the model's code computes that inverse square root anew, from the width itself or from what always equals it: the
+        residual width over the number of heads."""
         if not self.fits() or self.number.power is None:
             return False
         size, exponent = self.number.power
-        left = [tuple(map(u.resolve, sides(size, 1))), exponent if not self.divides else -exponent]
-        return all(left == [(u.resolve(width), 1), -0.5] for width in self.widths)
+        whole, less, parts = expression(size)
+        if less != 0 or exponent != (0.5 if self.divides else -0.5):
+            return False
+        return all(tracer.always_equal(whole, product(parts, width)) for width in self.widths)
 
 
 class Scales:
@@ -91,19 +94,19 @@ class Scales:
         given: list[Use] = [use for tensor in tensors for use in getattr(tensor, "_zc_scaled", ())]
         for use in given if made else ():
             use.widths += made
-        product = made or next((p for tensor in tensors if (p := getattr(tensor, "_zc_product", None))), [])
+        summed = made or next((p for tensor in tensors if (p := getattr(tensor, "_zc_product", None))), [])
         scaling = [Use(number, name in _DIVIDE) for number in numbers]
         self.uses += scaling
         multiplies = name in _MULTIPLY | _DIVIDE and len(tensors) == 1
         if multiplies and not made:
             for use in scaling:
-                use.widths += product
-        if not (made or multiplies or (name in _CARRY and (given or product))):
+                use.widths += summed
+        if not (made or multiplies or (name in _CARRY and (given or summed))):
             return
         for tensor in [out] if isinstance(out, torch.Tensor) else out if isinstance(out, (tuple, list)) else ():
             if isinstance(tensor, torch.Tensor):
-                tensor._zc_product = product  # type: ignore[attr-defined]
-                tensor._zc_scaled = [] if product else [*given, *(scaling if multiplies else ())]  # type: ignore[attr-defined]
+                tensor._zc_product = summed  # type: ignore[attr-defined]
+                tensor._zc_scaled = [] if summed else [*given, *(scaling if multiplies else ())]  # type: ignore[attr-defined]
 
     def attends(self, query: torch.Tensor, width: Term, scale: Any, inside: tuple[str, torch.nn.Module] | None) -> None:
         """A fused attention has run over heads of a width, with a scale, or None for its own."""
@@ -120,7 +123,7 @@ class Scales:
         for use in self.uses:
             if isinstance(use.number, Setting):
                 settings.setdefault(use.number.path, []).append(use)
-            elif not use.recomputed():
+            elif not use.recomputed(tracer):
                 tracer.keep(origins(use.number), "values are scaled by a number that the model's code computes from it")
         for path, uses in settings.items():
             widths = [width for use in uses if use.fits() for width in use.widths]

@@ -315,6 +315,12 @@ class Tracer:
         else:
             self.links.append((a, b))
 
+    def always_equal(self, a: Term, b: Term) -> bool:
+        """Whether two sizes are equal at any choice of widths, as they are written or by a link."""
+        pair = cancelled(u.resolve(a), u.resolve(b))
+        linked = (cancelled(u.resolve(left), u.resolve(right)) for left, right in self.links)
+        return pair[0] == pair[1] or any(pair in (link, link[::-1]) for link in linked)
+
     def adopt(self, size: int, variable: Term) -> None:
         """A dimension whose elements are all alike takes its structure from where its size came."""
         variable = u.resolve(variable)

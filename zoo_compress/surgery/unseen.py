@@ -108,4 +108,6 @@ def _difference(expected: Sequence[Call], twin: nn.Module, layout: Layout, chose
 
 
 def _step(group: Group, i: int) -> int:
-    return max(1, int(group.steps * (0.4 + 0.4 * (i * 0.618 % 1))))
+    """Another width for a group: even where the whole is odd and the other way round, since a greatest common divisor may else stay."""
+    step = max(1, int(group.steps * (0.4 + 0.4 * (i * 0.618 % 1))))
+    return step + 1 if step < group.steps and (group.steps - step) % 2 == 0 else step
