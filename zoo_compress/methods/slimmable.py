@@ -19,7 +19,7 @@ from ..structure.bank import Bank, Choice, bank
 from ..structure.layout import Layout
 from ..structure.variant import record
 from ..structure.widths import groups, uniform
-from ..surgery.elastic import Elastic, make_elastic_
+from ..surgery.elastic import Elastic, make_elastic_, unchanged_on_error
 from ..surgery.exits import ExitsModel
 from ..surgery.modules import takes_model
 from ..surgery.origin import origin, refuse_packed, stamp
@@ -177,7 +177,8 @@ def slim(
             raise CompressError(f"slim: widths {narrow:g} and {wide:g} come to the same sizes with round_to={round_to}; leave one out")
     noted = bank(layout, chosen, universal=universal, round_to=round_to)
     kept = [Choice(sizes=sizes[width], width=width, affine=width != chosen[-1]) for width in (chosen[-1:] if universal else chosen)]
-    return restore_slimmable_(model, layout, noted.model_copy(update={"choices": tuple(kept)}))
+    with unchanged_on_error(model):
+        return restore_slimmable_(model, layout, noted.model_copy(update={"choices": tuple(kept)}))
 
 
 def restore_slimmable_(model: nn.Module, layout: Layout, noted: Bank) -> Slimmable:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,10 +18,11 @@ from ..errors import CompressError, WidthError
 from ..structure.bank import Choice
 from ..structure.layout import Layout
 from ..structure.widths import Group, groups
+from .mixed import Mixed
 from .modules import clear_caches, statistics
 from .resize import resize
 from .tracer import named_tensors
-from .views import View, narrowed
+from .views import ABSENT, Placing, View, narrowed, put
 
 VIEWS = 64
 """Choices of widths whose views are kept ready."""
@@ -41,6 +44,14 @@ class _Private(nn.Module):
         return {name.replace("/", "."): tensor for name, tensor in named_tensors(self)}
 
 
+class _Pass:
+    """A pass of an elastic network; it lives as long as the call does."""
+
+
+def _nothing() -> None:
+    """No pass is in progress."""
+
+
 @dataclass
 class _State:
     """What an elastic network knows beside its tensors.
@@ -55,8 +66,10 @@ class _State:
         choices: Those with tensors of their own.
         views: Ready ones, by sizes.
         known: Width → sizes.
-        running: The chosen widths stand in for the bank.
         keep: Copies of weights at the chosen widths stay between passes.
+        lock: Held by the thread whose pass it is; others wait.
+        undo: What to put back for the modules to be the bank again. Empty between passes, unless one was interrupted at the worst moment.
+        running: The pass in progress; dead when that is over, however it ended.
     """
 
     layout: Layout
@@ -68,20 +81,36 @@ class _State:
     choices: list[Choice] = field(default_factory=list)
     views: OrderedDict[tuple[int, ...], View] = field(default_factory=OrderedDict)
     known: dict[float, dict[str, int]] = field(default_factory=dict)
-    running: bool = False
     keep: bool = False
+    lock: Any = field(default_factory=threading.RLock)
+    undo: list[Placing] = field(default_factory=list)
+    running: Callable[[], _Pass | None] = _nothing
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _State:
-        return replace(self, choices=list(self.choices), views=OrderedDict(), running=False)  # views are of the original's modules
+        return replace(self, choices=list(self.choices), **_fresh())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in _fresh()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, **_fresh())
 
 
-class Elastic(nn.Module):
+def _fresh() -> dict[str, Any]:
+    """What no copy shares: views and what is put back are of the original's modules, and its passes are others."""
+    return {"views": OrderedDict(), "lock": threading.RLock(), "undo": [], "running": _nothing}
+
+
+class Elastic(Mixed, nn.Module):
     """What a timm model gains when its parameters are a bank. It stays the model it is, with its names and attributes.
 
     At rest it is the whole bank: optimizers, `state_dict` and DDP see every parameter once. While it runs, views of its parameters, and
     the sizes in its attributes, stand in for the chosen widths, and gradients reach the bank. Normalisation statistics differ from width
     to width: a choice of widths in `choices` has its own. At any other, layers in training mode normalise by the batch and forget it, and
     in eval mode the network has to be calibrated first (`zoo_compress.calibrate(net, width, data)`).
+
+    Threads take turns, and a pass that is interrupted anywhere leaves the bank whole: what a pass changes is written down before, and put
+    back after it, or before anything next looks at the network.
 
     Made by `make_elastic_`.
     """
@@ -148,16 +177,94 @@ class Elastic(nn.Module):
     @contextmanager
     def at_widths(self) -> Iterator[None]:
         """Within, the modules hold what they do while the network runs at the chosen widths."""
-        state = self._elastic
-        if state.running or state.sizes == self.layout.base_sizes:
-            yield
-            return
-        with self._view():
-            state.running = True
+        with self._elastic.lock:
+            if self.is_running:
+                yield
+                return
+            this = _Pass()
             try:
+                self._begin(this)
                 yield
             finally:
-                state.running = False
+                self._end()
+
+    def _run(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a method at the chosen widths. As `at_widths`, without anything between the lock and its release that Python could leave."""
+        with self._elastic.lock:
+            if self.is_running:
+                return method(self, *args, **kwargs)
+            if not self.training:
+                self._check_calibrated()
+            this = _Pass()
+            try:
+                self._begin(this)
+                return method(self, *args, **kwargs)
+            finally:
+                self._end()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a pass of this thread is in progress, for the thread that holds the lock."""
+        return self._elastic.running() is not None
+
+    def _begin(self, this: _Pass) -> None:
+        state = self._elastic
+        self._end()  # of a pass that was interrupted
+        new: list[Placing] = []
+        if isinstance(self, (nn.Sequential, nn.ModuleDict)):  # which run whatever modules they have
+            new.append((self._modules, "private", ABSENT))
+        if state.sizes != self.layout.base_sizes:
+            new += self._view().changes()
+        state.undo = [(container, key, container[key]) for container, key, _ in new]
+        state.running = weakref.ref(this)
+        put(new)
+
+    def _end(self) -> None:
+        """Put back what a pass has changed, whatever interrupts that; doing so twice does no harm."""
+        interrupt: BaseException | None = None
+        while self._elastic.undo:
+            try:
+                put(self._elastic.undo)
+                self._elastic.undo = []
+            except BaseException as error:
+                interrupt = error
+        self._elastic.running = _nothing
+        if interrupt is not None:
+            raise interrupt
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Within, nobody else runs it, and from outside of a pass it is the bank: what an interrupted one has left is put back."""
+        state = vars(self).get("_elastic")
+        if state is None:
+            yield
+            return
+        with state.lock:
+            if not self.is_running:
+                self._end()
+            yield
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The bank's, as of any module."""
+        with self._whole():
+            return super().state_dict(*args, **kwargs)
+
+    def _named_members(self, *args: Any, **kwargs: Any) -> Any:
+        with self._whole():
+            return iter(list(super()._named_members(*args, **kwargs)))
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        with self._whole():
+            return super()._apply(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Any:
+        """Set all modules to train, or to eval."""
+        with self._whole():
+            return super().train(mode)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        with self._whole():
+            return super().__reduce_ex__(protocol)
 
     def sizes_at(self, width: float | Mapping[str, int]) -> tuple[dict[str, int], float | None]:
         """Size of every axis at a width, and the fraction that says it, if one does.
@@ -312,19 +419,31 @@ def make_elastic_(model: nn.Module, layout: Layout, kind: type[E], settings: Any
     return model  # type: ignore[return-value]
 
 
+@contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """Within, what a model becomes is taken back if it cannot become that."""
+    kind, values, modules = type(model), dict(vars(model)), dict(model._modules)
+    try:
+        yield
+    except BaseException:
+        model.__class__ = kind
+        for held, before in ((vars(model), values), (model._modules, modules)):
+            held.clear()
+            held.update(before)
+        raise
+
+
 @cache
 def _mixed(kind: type[Elastic], base: type[nn.Module]) -> type[Elastic]:
     """The class of elastic networks of one architecture: whatever of it runs, runs at the chosen widths."""
     methods = {name: _at_widths(getattr(base, name)) for name in dir(base) if name.startswith("forward") and callable(getattr(base, name))}
-    return type(f"{kind.__name__}{base.__name__}", (kind, base), {**methods, "_plain_class": base, "__module__": base.__module__})
+    own = {**methods, "_plain_class": base, "_made": (_mixed, kind, base), "__module__": base.__module__}
+    return type(f"{kind.__name__}{base.__name__}", (kind, base), own)
 
 
 def _at_widths(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
     def run(self: Elastic, *args: Any, **kwargs: Any) -> Any:
-        if not (self.training or self._elastic.running):
-            self._check_calibrated()
-        with self.at_widths():
-            return method(self, *args, **kwargs)
+        return self._run(method, *args, **kwargs)
 
     return run

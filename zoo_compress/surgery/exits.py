@@ -19,6 +19,7 @@ from ..structure.variant import Variant
 from .images import fitting
 from .kernels import Kernels
 from .leaving import MEASURES, Decision, Every, Head, Leaving, Patience, Spent, Threshold, Until, thresholds_of
+from .mixed import Mixed
 from .modules import copied, eval_copy, evaluating
 from .proof import Trial
 from .restore import present
@@ -45,7 +46,7 @@ class Costs:
     base: int
 
 
-class ExitsModel(nn.Module):
+class ExitsModel(Mixed, nn.Module):
     """What early exits add to a model's own class; `attach_` puts it over that.
 
     In train mode a call gives a list of logits, one of each exit and last those of the full network; in eval mode the full network's.
@@ -393,7 +394,8 @@ def store(net: nn.Module, record: Exits, renamed: tuple[str, str] | None = None)
 
 @cache
 def _with_exits(kind: type[ExitsModel], cls: type) -> type:
-    return type(f"{cls.__name__}WithExits", (kind, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+    own = {"_made": (_with_exits, kind, cls), "__module__": cls.__module__, "__doc__": cls.__doc__}
+    return type(f"{cls.__name__}WithExits", (kind, cls), own)
 
 
 def _images(loader: Iterable[Any]) -> Iterator[torch.Tensor]:

@@ -18,6 +18,11 @@ from ..structure.terms import Product, Sum, Term
 from .modules import get_tensor, holders, places
 
 Narrowing = Callable[[Tensor], Tensor]
+Placing = tuple[Any, Any, Any]
+"""A dictionary or list, a key in it, and the value to put there."""
+
+ABSENT = object()
+"""Instead of a value: nothing is there."""
 
 
 def narrowing(term: Term, dim: int, base: Mapping[str, int], sizes: Mapping[str, int]) -> Narrowing | None:
@@ -66,7 +71,7 @@ def _takes_first(term: Term, base: Mapping[str, int], sizes: Mapping[str, int]) 
 
 
 class View:
-    """A bank at one choice of widths. Within `with view:` the model is what `resize` makes of it, to the bit; after, it is the bank again.
+    """A bank at one choice of widths: with its `changes` put in place, the model is what `resize` makes of it, to the bit.
 
     Args:
         model: The bank.
@@ -92,22 +97,20 @@ class View:
         scales = {path: terms.size(parse(term), sizes) ** -0.5 for path, term in layout.scales.items()}
         self._values = places(model, {**attributes, **scales})
         self._recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
-        self._before: list[tuple[Any, Any, Any]] = []
         self._kept: dict[int, tuple[tuple[Any, ...], Tensor]] = {}
 
-    def __enter__(self) -> View:
-        new = [
-            (tensors, key, own if isinstance(own, Tensor) else self._viewed(place, tensors[key], own))
-            for place, (tensors, key, own) in enumerate(self._tensors)
+    def changes(self) -> list[Placing]:
+        """What to put where for the model to run at these widths; parameters as views, or copies, of those it has now."""
+        tensors: list[Placing] = [
+            (holder, key, own if isinstance(own, Tensor) else self._viewed(i, holder[key], own))
+            for i, (holder, key, own) in enumerate(self._tensors)
         ]
-        new += self._values
-        self._before = [(container, key, container[key]) for container, key, _ in new]
-        self._put(new)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._put(self._before)
-        self._before = []
+        new = {(id(holder), key): tensor for holder, key, tensor in tensors}
+        for module in self._recurrent:  # which keep a list of their weights
+            held = module._parameters
+            flat = [new.get((id(held), name), held.get(name)) for name in module._flat_weights_names]
+            tensors.append((vars(module), "_flat_weights", flat))
+        return [*tensors, *self._values]
 
     def forget(self) -> None:
         """Let go of the copies of an earlier pass."""
@@ -122,15 +125,14 @@ class View:
             known = self._kept[place] = (state, _viewed(tensor, narrow))
         return known[1]
 
-    def _put(self, values: list[tuple[Any, Any, Any]]) -> None:
-        for container, key, value in values:
-            container[key] = value
-        self._sync_recurrent()
 
-    def _sync_recurrent(self) -> None:
-        """Recurrent layers of torch keep a list of their weights."""
-        for module in self._recurrent:
-            module._flat_weights = [module._parameters.get(name) for name in module._flat_weights_names]
+def put(values: list[Placing]) -> None:
+    """Put values into the dictionaries and lists that modules keep them in."""
+    for holder, key, value in values:
+        if value is ABSENT:
+            holder.pop(key, None)
+        else:
+            holder[key] = value
 
 
 def narrowed(tensor: Tensor, dims: tuple[str, ...], base: Mapping[str, int], sizes: Mapping[str, int]) -> Tensor:
