@@ -18,6 +18,9 @@ from .widths import Group
 TOLERANCE = 0.02
 """A choice may miss the fraction asked for by this much; else there is an error that says what is reachable."""
 
+COARSE = 0.05
+"""The same where only one group of axes may change."""
+
 BALANCING = 9
 """How often the worth of attention's heads and widths is bisected until attention shrinks in step with the rest of the model, so that a
 budget of MACs holds whether or not a counter sees the products inside fused attention."""
@@ -114,7 +117,9 @@ def meet(
         chosen = _balanced(ladders, layout, budget, fractions, target)
     if chosen is None:
         chosen = _fit(ladders, budget, asked, target)
-    if abs(asked(chosen) - target) > tolerance(target):
+    # A model with one group of axes has few steps to stand on, and nothing else could meet the budget.
+    allowed = min(COARSE, target) if len(ladders) == 1 else tolerance(target)
+    if abs(asked(chosen) - target) > allowed:
         raise WidthError(f"prune: cannot keep {wanted}: the nearest reachable is {asked(chosen):.1%} (round_to={budget.round_to})")
     return {name: size for ladder, step in zip(ladders, chosen, strict=True) for name, size in ladder.group.at(step).items()}
 

@@ -209,6 +209,11 @@ def _standard(path: str, module: nn.Module, dims: dict[str, list[Term]], attribu
         else:
             yield "hidden_size", dims[f"{prefix}weight_hh{first}"][1]
         return
+    if isinstance(module, nn.Transformer):
+        for name, same in (("d_model", "embed_dim"), ("nhead", "num_heads")):
+            if (said := attributes.get(f"{prefix}encoder.layers.0.self_attn.{same}")) is not None:
+                yield name, said
+        return
     weight = dims.get(f"{prefix}weight") or dims.get(f"{prefix}running_mean")
     if weight is None:
         return

@@ -36,6 +36,7 @@ from .outputs import gives_features, tensors_in
 from .rules import COSTLY, RULES, elementwise
 from .scales import ARITHMETIC
 from .sizes import Computed, Number, Size, UnhashableError, heard_by, origins, plain
+from .torch_attention import no_fast_path
 from .tracer import MODEL_ERRORS, Tracer, named_tensors
 from .unseen import call, freeze_unseen, leaves
 
@@ -398,7 +399,7 @@ def _traced(tracer: Tracer, model: nn.Module) -> Iterator[None]:
         if isinstance(module, torch.jit.ScriptModule):
             continue  # takes no hooks
         handles += [module.register_forward_pre_hook(enter(path)), module.register_forward_hook(leave)]
-    with _Operations(tracer), _Functions(tracer), heard_by(tracer):
+    with no_fast_path(), _Operations(tracer), _Functions(tracer), heard_by(tracer):
         yield
     for handle in handles:
         handle.remove()
