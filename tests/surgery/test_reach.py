@@ -1,5 +1,6 @@
 """What one pass in eval mode does not reach, or does not give: it follows, or what it may share keeps its width."""
 
+import functools
 import logging
 import random
 
@@ -274,3 +275,84 @@ def test_analysis_draws_no_random_number_of_the_programs_own_and_comes_out_the_s
         assert (np.random.get_state()[1] == expected[1]).all()
         assert random.getstate() == expected[2]
     assert len(layouts) == 1
+
+
+class Refused(Exception):
+    """What a model raises that has errors of its own."""
+
+
+class Choosy(nn.Module):
+    """Runs in eval mode; in training mode as `error` says, or in no other where `stays`. Its `train` gives nothing back."""
+
+    def __init__(self, error=None, stays=False):
+        super().__init__()
+        self.error, self.stays = error, stays
+        self.a, self.b = nn.Linear(8, 24), nn.Linear(24, 3)
+
+    def train(self, mode=True):
+        super().train(mode and not self.stays)
+
+    def forward(self, x):
+        if self.training and self.error is not None:
+            raise self.error("targets are missing")
+        return self.b(self.a(x).relu())
+
+
+@pytest.mark.parametrize("error", [Refused, ZeroDivisionError, StopIteration, OSError])
+def test_a_model_may_raise_anything_in_training_mode(error, caplog):
+    with caplog.at_level(logging.WARNING):
+        layout = zc.analyze(Choosy(error), torch.randn(2, 8))
+    assert "targets are missing" in layout.untrained
+    assert "targets are missing" in caplog.text
+    assert len(layout.free) == 1
+
+
+def test_a_sample_alone_is_enough_for_training_mode(caplog):
+    """A BatchNorm does not take the pooled features of one sample."""
+    parts = [nn.Conv2d(3, 32, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 48), nn.BatchNorm1d(48), nn.Linear(48, 5)]
+    model = nn.Sequential(*parts).eval()
+    layout = zc.analyze(model, IMAGES[:1])
+    assert layout.untrained is None
+    assert layout.free == zc.analyze(model, IMAGES).free
+    assert len(layout.free) == 2
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("stays", [False, True])
+def test_train_may_give_nothing_back(stays):
+    torch.manual_seed(0)
+    model, x = Choosy(stays=stays), torch.randn(8, 8)
+    model.eval()
+    layout = zc.analyze(model, x)
+    zc.verify(model, layout, x)
+    for criterion in ("l2", "taylor"):
+        small = zc.prune(model, keep=0.5, layout=layout, round_to=1, criterion=criterion, data=[(x, torch.arange(8) % 3)])
+        assert small.a.out_features == 12
+
+
+def test_what_cannot_be_analysed_is_refused_in_one_line():
+    failing = Choosy()
+    failing.forward = lambda x: (_ for _ in ()).throw(Refused("no images today"))
+    failing.eval()
+    with pytest.raises(zc.CompressError, match=r"does not run .* Refused: no images today"):
+        zc.analyze(failing, torch.randn(2, 8))
+    unfinished = Choosy()
+    unfinished.file = (line for line in ())
+    with pytest.raises(zc.CompressError, match=r"cannot be copied .*'generator'"):
+        zc.analyze(unfinished, torch.randn(2, 8))
+    with pytest.raises(zc.CompressError, match=r"at least one sample, found a tensor of shape \(0, 8\)"):
+        zc.analyze(Choosy(), torch.randn(0, 8))
+
+
+@functools.lru_cache
+def signs(width):
+    return torch.ones(width)
+
+
+def test_a_cache_by_width_that_only_training_asks_is_no_reason_not_to_train():
+    class Signed(Choosy):
+        def forward(self, x):
+            x = self.a(x)
+            return self.b(x * signs(x.shape[1]) if self.training else x)
+
+    assert zc.analyze(Signed(), torch.randn(2, 8)).untrained is None

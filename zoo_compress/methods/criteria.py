@@ -22,7 +22,7 @@ from ..errors import CompressError
 from ..structure import terms
 from ..structure.layout import Layout, parse
 from ..surgery.images import fitting
-from ..surgery.modules import clear_caches, copied, every_output
+from ..surgery.modules import clear_caches, copied, every_output, in_eval_mode
 from ..surgery.modules import statistics as running
 from ..surgery.uses import Weight, other_weights, plain_weights
 
@@ -188,7 +188,7 @@ def gather(
     """
     if data is None:
         raise CompressError(f"criterion {criterion!r} looks at data: pass data=, an iterable of (images, class indices) batches")
-    subject = copied(model).eval().requires_grad_(True)
+    subject = in_eval_mode(copied(model)).requires_grad_(True)
     if batch_statistics:
         for path in running(subject):
             subject.get_submodule(path).train()

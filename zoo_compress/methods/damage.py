@@ -23,7 +23,7 @@ from ..structure.layout import Layout, parse
 from ..structure.widths import Group
 from ..surgery.divergence import divergence, gives_logits, outputs
 from ..surgery.images import fitting, parted
-from ..surgery.modules import copied, get_tensor
+from ..surgery.modules import copied, get_tensor, in_eval_mode
 from ..surgery.moments import CHUNK, Moments
 from ..surgery.reconstruct import columns_of, reconstruct_, ridge
 from ..surgery.resize import resize
@@ -64,7 +64,7 @@ def damage_scores(
     Returns:
         Axis → float array (size,), comparable between axes, falling along the order of removal.
     """
-    model = copied(model).eval()
+    model = in_eval_mode(copied(model))
     # What time costs is known only once widths are searched; MACs stand in for it.
     unit_costs = counted(layout, [name for group in groups for name in group.axes], "macs" if kind == "latency" else kind)
 

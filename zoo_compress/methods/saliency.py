@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import CompressError
-from ..surgery.modules import copied, every_output
+from ..surgery.modules import copied, every_output, in_eval_mode
 from ..surgery.trace import default_input
 from .criteria import Data, Statistic, cross_entropy, fitted, gather, gradient, squared_gradient
 
@@ -140,7 +140,7 @@ def lookup(criterion: str) -> Saliency:
 
 def _flow(model: nn.Module) -> dict[str, Tensor]:
     """Gradient of the sum of outputs for an image of ones through the network with all its weights' magnitudes (section 5, algorithm 1)."""
-    subject = copied(model).cpu().double().eval().requires_grad_(True)
+    subject = in_eval_mode(copied(model).cpu().double()).requires_grad_(True)
     with torch.no_grad():
         for tensor in (*subject.parameters(), *subject.buffers()):
             if tensor.is_floating_point():

@@ -176,7 +176,8 @@ def _outputs(model: nn.Module, images: Tensor) -> tuple[list[Tensor], Exception 
     try:
         with torch.random.fork_rng(devices=[images.device] if images.device.type == "cuda" else []), torch.no_grad():
             torch.manual_seed(0)
-            return tensors_in(model.eval()(images)), None
+            model.eval()
+            return tensors_in(model(images)), None
     except Exception as error:  # a user's hook may raise anything
         return [], error
 

@@ -167,6 +167,12 @@ def clear_caches(model: nn.Module) -> None:
         module.training = training
 
 
+def in_eval_mode(model: M) -> M:
+    """The model, set to eval mode. A model's own `train` may give nothing back, and `model.eval()` then gives that."""
+    model.eval()
+    return model
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Within, a model is in eval mode; afterwards every module is in the mode it was in."""
@@ -315,7 +321,7 @@ def _copied_dictionaries(model: nn.Module) -> dict[int, Any]:
 
 def eval_copy(model: nn.Module, device: str) -> nn.Module:
     """A copy in eval mode on a device, as `copied` makes it; on the meta device its tensors have shapes and no data."""
-    return (_copied_without_data(model) if device == "meta" else copied(model).to(device)).eval()
+    return in_eval_mode(_copied_without_data(model) if device == "meta" else copied(model).to(device))
 
 
 def _copied_without_data(model: nn.Module) -> nn.Module:

@@ -23,7 +23,7 @@ from ..structure import terms
 from ..structure.layout import Layout, parse
 from .divergence import gives_logits, own_loss
 from .images import fitting
-from .modules import copied, every_output
+from .modules import copied, every_output, in_eval_mode
 from .tracer import MODEL_ERRORS, named_tensors
 
 ROWS = 2**15
@@ -107,7 +107,7 @@ def gather(
         CompressError: If the model does not take the images, or computes infinities or NaNs of them.
     """
     count = sum(map(len, images))
-    model = copied(model).eval()
+    model = in_eval_mode(copied(model))
     generator = torch.Generator().manual_seed(seed)
     watch = _Watch(model, consumers(model, layout), max(1, math.ceil(ROWS / max(count, 1))), generator)
     chunks = [chunk for batch in images for chunk in batch.split(CHUNK)]

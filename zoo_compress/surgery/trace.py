@@ -91,6 +91,8 @@ def _infer(model: nn.Module, example_input: torch.Tensor | None, *, training: bo
     example = example_input if example_input is not None else default_input(model)
     if not isinstance(example, torch.Tensor):
         raise AnalysisError(f"example_input: expected a tensor (batch, channels, height, width), found {type(example).__name__}")
+    if not example.numel():
+        raise AnalysisError(f"example_input: expected at least one sample, found a tensor of shape {tuple(example.shape)} without elements")
     found: Layout | None = None
     for device in ("meta", "cpu"):  # a model that looks at values needs real tensors
         try:
@@ -238,7 +240,10 @@ def _own_chance() -> Iterator[None]:
 
 
 def _run_traced(tracer: Tracer, model: nn.Module, example: torch.Tensor, device: str, watch: Watch | None, training: bool) -> Traced:
-    clone = eval_copy(model, device)
+    try:
+        clone = eval_copy(model, device)
+    except MODEL_ERRORS as error:
+        raise AnalysisError(f"{type(model).__name__} cannot be copied and set to eval mode: {type(error).__name__}: {error}") from error
     tensors = dict(named_tensors(clone))
     dims: dict[str, list[Term]] = {name: [Variable(n) if n > 1 else n for n in tensor.shape] for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
@@ -326,15 +331,26 @@ def _loose(tracer: Tracer, given: list[torch.Tensor]) -> list[Term]:
 
 
 def _train(tracer: Tracer, model: nn.Module, image: torch.Tensor, *, features: bool) -> None:
-    """Run a model in training mode, if it takes a batch alone: what only that reaches follows, what only that gives keeps its width."""
+    """Run a model in training mode, if it takes a batch alone: what only that reaches follows, what only that gives keeps its width.
+
+    A BatchNorm after global pooling does not take a sample alone: where one fails, two of it are tried.
+    """
+    alone = image.ndim > 0 and len(image) == 1
     model.train()
     try:
-        with tracer.uncounted():
-            output = model(image)
-            given = [tracer.dims(tensor) for tensor in tensors_in(output)]
-    except MODEL_ERRORS as error:
-        tracer.untrained = f"{type(error).__name__}: {error}"
-        return
+        for batch in [image, torch.cat([image, image])] if alone else [image]:
+            try:
+                with tracer.uncounted():
+                    output = model(batch)
+                    given = [tracer.dims(tensor) for tensor in tensors_in(output)]
+                tracer.untrained = None
+                break
+            except UnhashableError:
+                raise
+            except MODEL_ERRORS as error:
+                tracer.untrained = f"{type(error).__name__}: {error}"
+        else:
+            return
     finally:
         model.eval()
     _keep_outputs(tracer, given, "model output in training mode", free=features)
@@ -573,7 +589,7 @@ class _Operations(TorchDispatchMode):
             for tensor, dims in [(out, terms)] if isinstance(out, torch.Tensor) else zip(out, terms, strict=True):
                 if isinstance(tensor, torch.Tensor):
                     tracer.give(tensor, dims)
-        except (*MODEL_ERRORS, StopIteration) as error:
+        except MODEL_ERRORS as error:
             # No rule, or one that does not fit this use or this release of torch: freezing is sound whatever the rule did before.
             why = "has no rule" if isinstance(error, NotImplementedError) else f"has no rule for this use ({error})"
             if tracer.freeze_all(tensors, f"{tracer.where} {why}"):

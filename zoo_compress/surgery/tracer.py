@@ -18,8 +18,8 @@ from ..structure.unify import Variable
 from .scales import Scales, Use
 from .sizes import Computed, Setting, Size, origins, sides
 
-MODEL_ERRORS = (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, AssertionError, KeyError, IndexError)
-"""What a model may raise when it is called in a way it does not take."""
+MODEL_ERRORS = (Exception,)
+"""What a model may raise when it is called in a way it does not take: some have classes of errors of their own."""
 
 
 class Tracer:

@@ -16,7 +16,7 @@ from ..structure.layout import Layout, Widths, parse
 from ..structure.widths import groups
 from .calibrate import estimate
 from .images import fitting
-from .modules import clear_caches, copied, every_output, takes_model
+from .modules import clear_caches, copied, every_output, in_eval_mode, takes_model
 from .outputs import tensors_in
 from .resize import check_fits, permuted_copy, picks, resize
 from .trace import count_macs, default_input, run_traced
@@ -129,7 +129,7 @@ def prove_zeroing(model: nn.Module, layout: Layout, widths: Mapping[str, np.ndar
     """
     example = _known_input(model, layout)
     generator = torch.Generator().manual_seed(0)
-    subject = copied(model, {id(p): _varied(p, generator) for p in model.parameters()}).eval()
+    subject = in_eval_mode(copied(model, {id(p): _varied(p, generator) for p in model.parameters()}))
     for part in _smaller(example):
         try:
             error = _zeroing_error(subject, layout, widths, fitting(subject, _drawn(part, generator)))
@@ -192,7 +192,7 @@ def randomised(model: nn.Module, example: torch.Tensor, seed: int, *, double: bo
     """
     generator = torch.Generator().manual_seed(seed)
     image = _drawn(example, generator)
-    subject = copied(model).cpu().eval().requires_grad_(False)
+    subject = in_eval_mode(copied(model).cpu()).requires_grad_(False)
     randomise_(subject, generator)
     parameter = next((p for p in subject.parameters() if p.is_floating_point()), None)
     if parameter is not None and parameter.dtype in (torch.float16, torch.bfloat16):
@@ -428,7 +428,7 @@ def _zeroing_error(model: nn.Module, layout: Layout, widths: Mapping[str, np.nda
     chosen = picks(layout, chosen)
     if not chosen:
         return None
-    expected = run_flat(resize(model, layout, chosen).eval(), image)
+    expected = run_flat(in_eval_mode(resize(model, layout, chosen)), image)
     masks = {name: _mask(layout, name, chosen) for name, tensor in named_tensors(model) if tensor.is_floating_point() and tensor.numel()}
     zeros = {name: mask for name, mask in masks.items() if mask is not None}
     found = _run_zeroed(model, zeros, image)
