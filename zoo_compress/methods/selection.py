@@ -8,7 +8,8 @@ proximal gradient in the form of the paper's equation 10; the factors of parts t
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import torch
@@ -45,6 +46,16 @@ class Factors:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Factors:
         return Factors(copy.deepcopy(self.net, memo))
+
+
+@contextmanager
+def _set_aside(net: nn.Module) -> Iterator[None]:
+    """Within, a network is without its factors, which are no part of the model that is looked at."""
+    own = {name: net._buffers.pop(name) for name in (SCALES, VELOCITY)}
+    try:
+        yield
+    finally:
+        net._buffers.update(own)
 
 
 class SelectionConfig(MethodConfig):
@@ -119,7 +130,8 @@ class SelectionTask(MethodTask):
         if not hasattr(self.net, SCALES):
             raise CompressError(f"SelectionTask: expected a network made by {type(config).__name__}.wrap, found one without factors")
         self.factors = Factors(self.net)
-        self._handles: list[Any] = config.attach(self.net, self.factors)
+        with _set_aside(self.net):
+            self._handles: list[Any] = config.attach(self.net, self.factors)
         self._attached = False
 
     @property

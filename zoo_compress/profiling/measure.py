@@ -15,7 +15,7 @@ from ..errors import CompressError
 from ..surgery.hooks import away
 from ..surgery.images import fitting
 from ..surgery.modules import refuse_wrapped, uncompiled
-from ..surgery.trace import analyze
+from ..surgery.trace import count_macs
 from .latency import inference, interleaved
 from .memory import activation_memory, weight_memory
 from .sampled import Sampled
@@ -84,7 +84,7 @@ def measure_many(
         raise CompressError(f"measure: expected a batch_size of at most {MAX_BATCH}, found {batch_size}")
     for model in models.values():
         refuse_wrapped(model, compiled=False)
-    macs = {name: model.macs() if isinstance(model, Sampled) else analyze(uncompiled(model)).macs() for name, model in models.items()}
+    macs = {name: model.macs() if isinstance(model, Sampled) else count_macs(uncompiled(model)) for name, model in models.items()}
     images = {name: _images(model, batch_size) for name, model in models.items()}
     passes = {name: _over(model) for name, model in models.items()}
     with ExitStack() as stack:

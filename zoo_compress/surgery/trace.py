@@ -74,7 +74,7 @@ def analyze(model: nn.Module, example_input: torch.Tensor | None = None) -> Layo
     return layout
 
 
-def count_macs(model: nn.Module, example_input: torch.Tensor) -> int:
+def count_macs(model: nn.Module, example_input: torch.Tensor | None = None) -> int:
     """Multiply-accumulates of one sample, as `analyze(model, example_input).macs()` counts them, from a run in eval mode alone.
 
     Raises:
