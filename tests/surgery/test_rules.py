@@ -379,3 +379,61 @@ def test_inference_mode_inside_a_model_changes_nothing():
         return a * fixed.clone()
 
     assert not proven(inside)
+
+
+class Masked(nn.Module):
+    """A masked autoencoder: keeps a quarter of the tokens, puts a learned one in the others' places."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.encoder = nn.Conv2d(3, 32, 1), nn.Linear(32, 32)
+        self.decoder, self.token, self.out = nn.Linear(32, 16), nn.Parameter(torch.randn(1, 1, 16)), nn.Linear(16, 5)
+
+    def forward(self, images):
+        x = tokens(self.embed(images))
+        order = x.norm(dim=2).argsort(1)
+        kept = order[:, : x.shape[1] // 4]
+        x = self.decoder(self.encoder(x.gather(1, kept.unsqueeze(-1).repeat(1, 1, x.shape[2]))))
+        x = torch.cat([x, self.token.repeat(x.shape[0], order.shape[1] - x.shape[1], 1)], 1)
+        return self.out(x.gather(1, order.argsort(1).unsqueeze(-1).repeat(1, 1, x.shape[2])))
+
+
+class Chosen(nn.Module):
+    """A detector's queries: the tokens with the best classes, gathered to an attribute's width."""
+
+    def __init__(self):
+        super().__init__()
+        self.width, self.embed, self.score, self.out = 32, nn.Conv2d(3, 32, 1), nn.Linear(32, 7), nn.Linear(32, 4)
+
+    def forward(self, images):
+        x = tokens(self.embed(images))
+        classes = self.score(x)
+        best = classes.max(-1).values.topk(6, 1)[1].unsqueeze(-1)
+        return self.out(x.gather(1, best.repeat(1, 1, self.width))), classes.gather(1, best.expand(-1, -1, classes.shape[2]))
+
+
+class Experts(nn.Module):
+    """Tokens are handed to experts by index and added up where they came from."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.gate, self.out = nn.Conv2d(3, 32, 1), nn.Linear(32, 3), nn.Linear(32, 5)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 32)) for _ in range(3))
+
+    def forward(self, images):
+        x = tokens(self.embed(images)).flatten(0, 1)
+        weights, chosen = self.gate(x).softmax(1).topk(2, 1)
+        total = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            rows, places = torch.where(chosen == i)
+            total.index_add_(0, rows, expert(x[rows]) * weights[rows, places, None])
+        return self.out(total).unflatten(0, (images.shape[0], -1)).mean(1)
+
+
+@pytest.mark.parametrize("kind", [Masked, Chosen, Experts])
+def test_moving_tokens_leaves_the_width_free(kind):
+    torch.manual_seed(0)
+    model = kind().eval()
+    layout = zc.analyze(model, IMAGES)
+    assert layout.axes[layout.params["embed.weight"][0]].frozen is None
+    zc.verify(model, layout, IMAGES)

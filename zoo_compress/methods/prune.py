@@ -135,7 +135,8 @@ def prune(
         A new model within 2 percentage points of the budget.
 
     Raises:
-        CompressError: On bad arguments, or if no choice comes within 2 percentage points of the budget; the error says what is reachable.
+        CompressError: On bad arguments, or if no choice comes within 2 percentage points of the budget (5 where only one group of axes may
+            change); the error says what is reachable.
         VerificationError: If what came out is not what was meant, or the model is one of which nothing can be proven.
     """
     exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)

@@ -89,7 +89,7 @@ def meet(
         latency: Time of one pass as a polynomial in the sizes of axes; needed where that is what the budget limits.
 
     Raises:
-        WidthError: If no choice comes within `tolerance` of the budget, saying what is reachable.
+        WidthError: If no choice comes within `tolerance` of the budget (`COARSE` with one group), saying what is reachable.
     """
     ladders = [_Ladder(group, scores, budget) for group in groups if all(name in scores for name in group.axes)]
     costs = _costs(layout, ladders, budget.kind, latency)
