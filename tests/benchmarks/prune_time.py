@@ -1,4 +1,4 @@
-"""Time of `prune` without its proofs, with the resize proof alone, and with both: CPU seconds on one thread, taken in turns after a warm-up.
+"""Time of `prune` without its proofs, with the resize proof alone, and with both: CPU seconds on one thread, in turns after a warm-up.
 
 Run with `OMP_NUM_THREADS=1 python tests/benchmarks/prune_time.py [names] --repeats 5 --out results.json`.
 """

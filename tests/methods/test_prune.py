@@ -9,6 +9,7 @@ import timm
 import torch
 
 import zoo_compress as zc
+from zoo_compress.errors import BudgetError
 from zoo_compress.methods.criteria import CRITERIA, scores
 from zoo_compress.structure.budget import Budget, meet
 from zoo_compress.structure.widths import groups
@@ -277,3 +278,28 @@ def test_proofs_leave_the_model_alone():
     zc.prune(model, keep=0.5, layout=zc.analyze(model, torch.randn(2, 6)))
     assert model.training
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_an_error_says_what_froze_the_axes():
+    """'The criterion ranks no axis' was all it said, whatever the cause was."""
+
+    class Fixed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.fc = torch.nn.Linear(6, 32), torch.nn.Linear(6, 24), torch.nn.Linear(56, 3)
+
+        def forward(self, x):
+            return self.fc(torch.cat([self.a(x) - torch.ones(32), self.b(x) - torch.ones(24)], 1))
+
+    model = Fixed().eval()
+    layout = zc.analyze(model, torch.randn(2, 6))
+    causes = {axis.frozen for axis in layout.axes.values()}
+    assert None not in causes
+    with pytest.raises(BudgetError) as caught:
+        zc.prune(model, macs=0.5, layout=layout)
+    assert all(cause in str(caught.value) for cause in causes)
+    free = torch.nn.Sequential(torch.nn.Linear(6, 32), torch.nn.Linear(32, 3)).eval()
+    with pytest.raises(BudgetError, match="1 may change, and it has no score"):
+        zc.prune(free, macs=0.5, layout=zc.analyze(free, torch.randn(2, 6)), criterion="bn_scale")
+    with pytest.raises(BudgetError, match="1 are excluded"):
+        zc.prune(free, macs=0.5, layout=zc.analyze(free, torch.randn(2, 6)), exclude="0.weight")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,9 @@ budget of MACs holds whether or not a counter sees the products inside fused att
 
 KINDS = ("keep", "macs", "params", "latency")
 """What a budget may limit: elements of the axes that may change, multiply-accumulates, parameters, or time."""
+
+REASONS = 5
+"""How many reasons an error lists at most."""
 
 Fraction = Callable[[Sequence[int]], float]
 Steps = list[int]
@@ -108,7 +112,7 @@ def meet(
     least = asked([ladder.least for ladder in ladders]) if ladders else 1.0
     wanted = f"{target:.1%} of {budget.kind}" + (f" ({budget.value:g} of {totals[0] // samples:,})" if budget.value > 1 else "")
     if least > target + tolerance(target):
-        why = "" if ladders else ": the criterion ranks no axis of this model"
+        why = "" if ladders else f": the criterion ranks no axis of this model. {_obstacles(layout, groups)}"
         raise BudgetError(f"prune: cannot keep {wanted}: the least reachable with min_keep={budget.min_keep:g} is {least:.1%}{why}")
     if not ladders:
         return {}
@@ -122,6 +126,18 @@ def meet(
     if abs(asked(chosen) - target) > allowed:
         raise WidthError(f"prune: cannot keep {wanted}: the nearest reachable is {asked(chosen):.1%} (round_to={budget.round_to})")
     return {name: size for ladder, step in zip(ladders, chosen, strict=True) for name, size in ladder.group.at(step).items()}
+
+
+def _obstacles(layout: Layout, groups: Sequence[Group]) -> str:
+    """Why no axis can shrink: what is free and has no score, and what froze the others, most often first."""
+    offered = {name for group in groups for name in group.axes}
+    excluded = set(layout.free) - offered
+    causes = Counter(axis.frozen for axis in layout.axes.values() if axis.frozen is not None)
+    parts = [f"{len(offered)} may change, and it has no score for them"] if offered else []
+    parts += [f"{len(excluded)} are excluded, or one that is excluded is tied to them"] if excluded else []
+    parts += [f"{count} may not change: {reason}" for reason, count in causes.most_common(REASONS)]
+    rest = sum(causes.values()) - sum(count for _, count in causes.most_common(REASONS))
+    return f"Of its {len(layout.axes)} axes " + "; ".join([*parts, *([f"{rest} for other reasons"] if rest else [])])
 
 
 class _Ladder:
