@@ -99,6 +99,7 @@ def prune(
     batch_size: int = 1,
     threads: int | None = None,
     check: bool = True,
+    tie: Iterable[tuple[str, str]] = (),
 ) -> nn.Module:
     """Remove the least important elements of a model's free axes until it fits a budget.
 
@@ -130,6 +131,7 @@ def prune(
         threads: CPU threads, there; None takes what torch is set to.
         check: Prove what is handed out: it runs and costs what was computed, and gives what the model gives with the same elements zeroed,
             where nothing normalises across them. Sweeps over many budgets of one model may leave that out.
+        tie: Pairs of names of modules that are averaged with each other; see `analyze`, which is given them where a layout is known.
 
     Returns:
         A new model within 2 percentage points of the budget.
@@ -142,7 +144,9 @@ def prune(
     exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     config = PruneConfig(keep, macs, params, latency, criterion, scope, round_to, min_keep, exclude, seed, batch_size, threads)
     if layout is None:
-        layout = analyze(model)
+        layout = analyze(model, tie=tie)
+    elif tie:
+        raise CompressError("tie: the layout is known already; pass tie= to analyze, which makes it")
     check_fits(model, layout)
     candidates = _candidates(layout, config.exclude)
     by_damage = lookup(criterion).importance is None

@@ -26,7 +26,7 @@ from ..structure import unify as u
 from ..structure.layout import Layout
 from ..structure.terms import Term
 from ..structure.unify import Variable
-from . import metadata, recurrent, vanishing  # noqa: F401 - importing registers the handlers of recurrent layers
+from . import metadata, recurrent, ties, vanishing  # noqa: F401 - importing registers the handlers of recurrent layers
 from .elastic import Elastic
 from .finish import finish
 from .functions import FUNCTIONS
@@ -46,7 +46,7 @@ BATCH = 2  # a batch of one could be mistaken for a dimension to broadcast
 
 
 @takes_model
-def analyze(model: nn.Module, example_input: torch.Tensor | None = None) -> Layout:
+def analyze(model: nn.Module, example_input: torch.Tensor | None = None, *, tie: Iterable[tuple[str, str]] = ()) -> Layout:
     """Infer the layout of a model: every dimension of every parameter and buffer in named axes.
 
     The model runs in eval mode and in training mode, as a copy whose tensors have shapes and no data, so nothing is computed and nothing is
@@ -57,15 +57,19 @@ def analyze(model: nn.Module, example_input: torch.Tensor | None = None) -> Layo
         model: Any module; timm models know their input size.
         example_input: A batch (at least 2, channels, height, width), or of whatever the model takes, where it does not say what that is.
             Its values are used where a model looks at values.
+        tie: Pairs of names of modules that are copies and are averaged with each other, such as ("student", "teacher"): their parameters
+            get the same axes, so that both shrink alike, also where only one of them runs.
 
     Returns:
         The layout. What the engine did not understand is frozen in it, with a reason.
 
     Raises:
         AnalysisError: If `model` is no module, its input is not known, or it does not run.
-        CompressError: If it is compiled.
+        CompressError: If it is compiled, or modules to tie are no copies.
     """
-    layout = _infer(model, example_input, training=True)
+    layout = _infer(model, example_input, training=True, tie=tie)
+    if not tie:
+        ties.warn_of_copies(model, layout)
     if layout.untrained is not None:
         _logger.warning(
             f"analyze: {type(model).__name__} does not run in training mode on its input alone ({layout.untrained}): what only training "
@@ -83,7 +87,7 @@ def count_macs(model: nn.Module, example_input: torch.Tensor | None = None) -> i
     return _infer(model, example_input, training=False).macs()
 
 
-def _infer(model: nn.Module, example_input: torch.Tensor | None, *, training: bool) -> Layout:
+def _infer(model: nn.Module, example_input: torch.Tensor | None, *, training: bool, tie: Iterable[tuple[str, str]] = ()) -> Layout:
     if not isinstance(model, nn.Module):
         raise AnalysisError(f"analyze: expected a torch.nn.Module, found {type(model).__name__}")
     if isinstance(model, Elastic):
@@ -93,11 +97,12 @@ def _infer(model: nn.Module, example_input: torch.Tensor | None, *, training: bo
         raise AnalysisError(f"example_input: expected a tensor (batch, channels, height, width), found {type(example).__name__}")
     if not example.numel():
         raise AnalysisError(f"example_input: expected at least one sample, found a tensor of shape {tuple(example.shape)} without elements")
+    pairs = ties.checked(model, tie)
     found: Layout | None = None
     for device in ("meta", "cpu"):  # a model that looks at values needs real tensors
         try:
             with _collector_paused():
-                layout = _analyze(model, example, device, training=training)
+                layout = _analyze(model, example, device, training=training, pairs=pairs)
         except AnalysisError:
             raise
         except MODEL_ERRORS as error:
@@ -150,8 +155,8 @@ def input_for(model: nn.Module, layout: Layout) -> torch.Tensor:
     return layout.example if layout.example is not None else empty_input(model, layout.input_shape)
 
 
-def _analyze(model: nn.Module, example: torch.Tensor, device: str, *, training: bool) -> Layout:
-    tracer, dims, attributes = run_traced(model, example, device, training=training)
+def _analyze(model: nn.Module, example: torch.Tensor, device: str, *, training: bool, pairs: ties.Pairs) -> Layout:
+    tracer, dims, attributes = run_traced(model, example, device, training=training, pairs=pairs)
     if tracer.shared_costs:
         # Some of these are paid once a batch, others by every sample: with one sample more only the latter grow. A sample alone pays both.
         more, _, _ = run_traced(model, torch.cat([example, example[:1]]), device)
@@ -161,7 +166,7 @@ def _analyze(model: nn.Module, example: torch.Tensor, device: str, *, training: 
             tracer.costs += once * (len(example) - 1)
     _try_scales(tracer, model, example, device)
     calls = tracer.calls
-    layout = finish(model, tracer, dims, attributes, example)
+    layout = ties.with_scales(finish(model, tracer, dims, attributes, example), pairs)
     return freeze_unseen(model, layout, calls, example) if training and device == "meta" else layout
 
 
@@ -203,7 +208,15 @@ Watch = Callable[[Tracer, nn.Module, torch.Tensor], AbstractContextManager[Any]]
 Traced = tuple[Tracer, dict[str, list[Term]], metadata.Attributes]
 
 
-def run_traced(model: nn.Module, example: torch.Tensor, device: str, watch: Watch | None = None, *, training: bool = False) -> Traced:
+def run_traced(
+    model: nn.Module,
+    example: torch.Tensor,
+    device: str,
+    watch: Watch | None = None,
+    *,
+    training: bool = False,
+    pairs: Iterable[tuple[str, str]] = (),
+) -> Traced:
     """Run a copy of a model and infer the terms of its tensors' dimensions and of its attributes.
 
     Args:
@@ -212,15 +225,16 @@ def run_traced(model: nn.Module, example: torch.Tensor, device: str, watch: Watc
         device: `meta` for tensors without data, or `cpu`.
         watch: What else to look at while the copy runs in eval mode.
         training: Also run it in training mode, for what only that reaches and gives, if it takes the batch alone.
+        pairs: Names of modules that have the same axes.
     """
     try:
         with _own_chance():
-            return _run_traced(Tracer(), model, example, device, watch, training)
+            return _run_traced(Tracer(), model, example, device, watch, training, list(pairs))
     except UnhashableError:
         tracer = Tracer()
         tracer.hashable = True
         with _own_chance():
-            return _run_traced(tracer, model, example, device, watch, training)
+            return _run_traced(tracer, model, example, device, watch, training, list(pairs))
 
 
 @contextmanager
@@ -239,7 +253,9 @@ def _own_chance() -> Iterator[None]:
             random.setstate(python)
 
 
-def _run_traced(tracer: Tracer, model: nn.Module, example: torch.Tensor, device: str, watch: Watch | None, training: bool) -> Traced:
+def _run_traced(
+    tracer: Tracer, model: nn.Module, example: torch.Tensor, device: str, watch: Watch | None, training: bool, pairs: ties.Pairs
+) -> Traced:
     try:
         clone = eval_copy(model, device)
     except MODEL_ERRORS as error:
@@ -282,6 +298,7 @@ def _run_traced(tracer: Tracer, model: nn.Module, example: torch.Tensor, device:
         if tensor is not tensors.get(name):
             dims[name] = tracer.dims(tensor)
             tracer.freeze(dims[name], "part of a buffer that the model computes anew when it runs")
+    ties.tie_(tracer, tensors, dims, attributes, pairs)
     _keep_unused(tracer, {name: tensor for name, tensor in tensors.items() if after.get(name) is tensor}, dims)
     for name in after.keys() - saved:
         terms = [term for term in dims[name] if u.size_of(term) > 1 and term not in tracer.kernel_sides]

@@ -132,7 +132,11 @@ def prove_zeroing(model: nn.Module, layout: Layout, widths: Mapping[str, np.ndar
     subject = in_eval_mode(copied(model, {id(p): _varied(p, generator) for p in model.parameters()}))
     for part in _smaller(example):
         try:
-            error = _zeroing_error(subject, layout, widths, fitting(subject, _drawn(part, generator)))
+            image = fitting(subject, _drawn(part, generator))
+            if part.shape[1:] != example.shape[1:]:
+                run_flat(subject, image)  # cheap, and what does not run is out before anything is resized
+                clear_caches(subject)
+            error = _zeroing_error(subject, layout, widths, image)
         except MODEL_ERRORS:  # it runs on images of its own size, or on whole batches, only
             clear_caches(subject)
             continue
