@@ -205,3 +205,11 @@ def test_damaged_records_are_refused(base, tmp_path, removed):
     path.write_text(json.dumps(config))
     with pytest.raises(VariantError):
         zc.load(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "path"), [("resnet18", "layer3.1"), ("mobilenetv2_100", "blocks.1.1"), ("test_vit", "blocks.3")])
+def test_torchscript_compiles_what_is_left(name, path):
+    small = remove_blocks(timm.create_model(name, num_classes=10, **SIZE).eval(), [path])
+    images = torch.randn(2, 3, *small.pretrained_cfg["input_size"][1:])
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.script(small)(images), small(images))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
+import torch.fx
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,11 +29,31 @@ Value = Callable[[nn.Module, Any, Any], Any]
 
 
 class Skip(nn.Module):
-    """In the place of a block that was removed: gives what it is given."""
+    """In the place of a block that was removed: gives what it is given.
+
+    Args:
+        block: The block. What its forward method takes, this one's does.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        try:
+            types = get_type_hints(block.forward)
+        except (NameError, TypeError):  # of names that only a type checker sees
+            types = {}
+        parameters = inspect.signature(block.forward).parameters.values()
+        self.takes = tuple((p.name, types.get(p.name), p.default, p.kind.name.startswith("VAR")) for p in parameters)
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """The first argument."""
         return x
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What TorchScript compiles instead, since it knows no functions of any number of arguments."""
+        graph = torch.fx.Graph()
+        places = [graph.placeholder(name, kind, default) for name, kind, default, several in self.takes if not several]
+        graph.output(places[0])
+        return torch.fx.GraphModule(nn.Module(), graph)
 
 
 @dataclass(frozen=True)
@@ -130,7 +152,8 @@ def skip_(model: nn.Module, paths: Sequence[str]) -> nn.Module:
             raise VariantError(f"variant.removed: {path!r} is there twice, or within another")
     for path in paths:
         parent, _, name = path.rpartition(".")
-        model.get_submodule(parent).register_module(name, Skip().train(model.training))
+        skip = Skip(model.get_submodule(path)).train(model.training)
+        model.get_submodule(parent).register_module(name, skip)
     return model
 
 
