@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 import zoo_compress as zc
 from zoo_compress.structure.widths import groups
+from zoo_compress.surgery.torch_attention import no_fast_path
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -157,6 +158,12 @@ def test_heads_may_go_whole():
 def test_the_fast_path_is_left_as_it_was():
     assert torch.backends.mha.get_fastpath_enabled()
     zc.analyze(made("encoder"), IMAGES)
+    assert torch.backends.mha.get_fastpath_enabled()
+    first, second = no_fast_path(), no_fast_path()  # of two threads, which end in the order they began
+    first.__enter__(), second.__enter__()
+    first.__exit__(None, None, None)
+    assert not torch.backends.mha.get_fastpath_enabled()
+    second.__exit__(None, None, None)
     assert torch.backends.mha.get_fastpath_enabled()
 
 

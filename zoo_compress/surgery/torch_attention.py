@@ -7,6 +7,7 @@ and attributes; within an analysis they are off, so that the function is met in 
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,15 +25,24 @@ from .tracer import Tracer
 _SIGNATURE = inspect.signature(F.multi_head_attention_forward)
 
 
+_switch = threading.Lock()
+_found: list[bool] = []
+"""What torch's switch was when each of the analyses in progress, of all threads, began: it is one for the whole process."""
+
+
 @contextmanager
 def no_fast_path() -> Iterator[None]:
-    """Within, torch's attention runs as the function that this module knows."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    """Within, torch's attention runs as the function that this module knows. The last analysis to end leaves the switch as it was."""
+    with _switch:
+        _found.append(_found[0] if _found else torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+        with _switch:
+            before = _found.pop()
+            if not _found:
+                torch.backends.mha.set_fastpath_enabled(before)
 
 
 @handles(F.multi_head_attention_forward)

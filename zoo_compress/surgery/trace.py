@@ -78,6 +78,7 @@ def analyze(model: nn.Module, example_input: torch.Tensor | None = None, *, tie:
     return layout
 
 
+@takes_model
 def count_macs(model: nn.Module, example_input: torch.Tensor | None = None) -> int:
     """Multiply-accumulates of one sample, as `analyze(model, example_input).macs()` counts them, from a run in eval mode alone.
 
