@@ -40,6 +40,7 @@ STYLES = {
     "gain": lambda self, q, k, v: F.scaled_dot_product_attention(q, k, v) * self.scale,
     "both": lambda self, q, k, v: ((q * self.scale) @ k.mT).softmax(-1) @ (v * self.scale),
     "recomputed": lambda self, q, k, v: ((q @ k.mT) * q.shape[-1] ** -0.5).softmax(-1) @ v,
+    "power": lambda self, q, k, v: ((q @ k.mT) * pow(self.width, 0.5) ** -1).softmax(-1) @ v,
     "divided": lambda self, q, k, v: ((q @ k.mT) / self.width**0.5).softmax(-1) @ v,
     "values": lambda self, q, k, v: (q @ k.mT).softmax(-1) @ v * q.shape[-1] ** -0.5,
     "other power": lambda self, q, k, v: ((q @ k.mT) * q.shape[-1] ** -1).softmax(-1) @ v,
@@ -79,7 +80,7 @@ def test_an_attribute_that_is_the_scale_and_something_else_keeps_the_width():
     assert "something else" in head_width(layout).frozen
 
 
-@pytest.mark.parametrize(("style", "free"), [("recomputed", True), ("divided", True), ("values", False), ("other power", False)])
+@pytest.mark.parametrize(("style", "free"), [("recomputed", True), ("power", True), ("divided", True), ("values", False), ("other power", False)])
 def test_a_scale_computed_from_the_width_is_attentions_or_keeps_it(style, free):
     model = Net(style).eval()
     layout = zc.analyze(model, IMAGES)
@@ -113,6 +114,42 @@ def test_a_scale_computed_from_the_residual_width_follows_where_that_always_is_h
     if tied:
         small = zc.prune(model, macs=0.5, layout=layout)
         assert small.qkv.in_features // small.heads == small.qkv.out_features // 3 // small.heads < 16
+
+
+class FourHeads(nn.Module):
+    """Heads are a number of the code, so the head width is what shrinks."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+        self.embed, self.qkv, self.proj, self.fc = nn.Linear(8, 64), nn.Linear(64, 192), nn.Linear(64, 64), nn.Linear(64, 5)
+
+    def forward(self, x):
+        x = self.embed(x)
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, 4, -1).permute(2, 0, 3, 1, 4)
+        y = ((q @ k.mT) * self.scale(self, q)).softmax(-1) @ v
+        return self.fc(x + self.proj(y.transpose(1, 2).flatten(2)))
+
+
+SCALES = {"power": lambda self, q: pow(q.shape[-1], 0.5) ** -1, "rows": lambda self, q: (self.qkv.out_features // 12) ** -0.5}
+
+
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+def test_a_model_whose_scale_is_computed_anew_is_pruned(scale):
+    """Fewer elements give another scale, which zeroed ones do not: the zeroing proof has nothing to say of that width."""
+    torch.manual_seed(0)
+    model, tokens = FourHeads(scale).eval(), torch.randn(2, 6, 8)
+    layout = zc.analyze(model, tokens)
+    assert head_width_of(layout) in layout.normalised & set(layout.free)
+    zc.verify(model, layout, tokens)
+    small = zc.prune(model, keep=0.5, layout=layout)
+    assert small(tokens).shape == (2, 6, 5)
+    assert small.qkv.out_features < 192
+
+
+def head_width_of(layout):
+    return layout.params["qkv.weight"][0].split()[-1]
 
 
 def test_the_scale_survives_a_switch_to_the_other_way():

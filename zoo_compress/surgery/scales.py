@@ -125,6 +125,8 @@ class Scales:
                 settings.setdefault(use.number.path, []).append(use)
             elif not use.recomputed(tracer):
                 tracer.keep(origins(use.number), "values are scaled by a number that the model's code computes from it")
+            else:
+                tracer.mixed += use.widths  # a pruned model computes another scale: removing elements differs from zeroing them
         for path, uses in settings.items():
             widths = [width for use in uses if use.fits() for width in use.widths]
             if widths and all(use.fits() for use in uses):
