@@ -140,6 +140,15 @@ def test_only_timms_own_headless_model_gives_features():
     assert not gives_features(timm.create_model("test_resnet", num_classes=10))
 
 
+@pytest.mark.parametrize("head", [nn.Hardswish(), nn.Softmax(1), nn.Sequential(nn.Flatten(), nn.ReLU())])
+def test_a_head_without_parameters_keeps_its_width(head):
+    model = timm.create_model("test_resnet", num_classes=0).eval()
+    width = model.num_features
+    model.fc = head
+    assert not gives_features(model)
+    assert zc.prune(model, macs=0.5)(torch.randn(2, 3, 160, 160)).shape == (2, width)
+
+
 def test_a_head_inside_the_pooling_of_a_headless_model_keeps_its_width():
     model = timm.create_model("test_resnet", num_classes=0).eval()
     model.global_pool = nn.Sequential(model.global_pool, nn.Linear(model.num_features, 40))

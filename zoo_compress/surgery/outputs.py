@@ -63,8 +63,8 @@ def _parts(item: Any) -> Iterator[Any]:
 def gives_features(model: nn.Module) -> bool:
     """Whether what a model gives is what timm documents for `num_classes=0`: features, as many as `num_features` says.
 
-    A classifier of one's own on such a model makes its output something else, so the model has to have the parameters and buffers, by name
-    and shape, that timm gives to one without classes.
+    A head of one's own on such a model, with parameters or without, makes its output something else, so the model has to have the modules,
+    by name and class, and the parameters and buffers, by name and shape, that timm gives to one without classes.
     """
     cfg = own(model, "pretrained_cfg")
     architecture = cfg.get("architecture") if isinstance(cfg, Mapping) else None
@@ -73,12 +73,16 @@ def gives_features(model: nn.Module) -> bool:
     if not is_model(architecture):
         return False
     args = {**vars(model).get("_model_args", {}), **get_model_args(model), "num_classes": 0}
-    found = [(name, tuple(tensor.shape)) for name, tensor in named_tensors(model)]
     for device in ("meta", "cpu"):  # some build tables out of values
         try:
             with torch.random.fork_rng(devices=[]), torch.device(device):
                 twin = timm.create_model(architecture, pretrained=False, pretrained_cfg=dict(cfg), **args)
         except MODEL_ERRORS:
             continue
-        return found == [(name, tuple(tensor.shape)) for name, tensor in named_tensors(twin)]
+        return _structure(model) == _structure(twin)
     return False
+
+
+def _structure(model: nn.Module) -> tuple[list[tuple[str, type]], list[tuple[str, tuple[int, ...]]]]:
+    modules = [(path, type(module)) for path, module in model.named_modules()]
+    return modules, [(name, tuple(tensor.shape)) for name, tensor in named_tensors(model)]
