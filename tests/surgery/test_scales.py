@@ -80,7 +80,9 @@ def test_an_attribute_that_is_the_scale_and_something_else_keeps_the_width():
     assert "something else" in head_width(layout).frozen
 
 
-@pytest.mark.parametrize(("style", "free"), [("recomputed", True), ("power", True), ("divided", True), ("values", False), ("other power", False)])
+@pytest.mark.parametrize(
+    ("style", "free"), [("recomputed", True), ("power", True), ("divided", True), ("values", False), ("other power", False)]
+)
 def test_a_scale_computed_from_the_width_is_attentions_or_keeps_it(style, free):
     model = Net(style).eval()
     layout = zc.analyze(model, IMAGES)

@@ -260,3 +260,38 @@ def test_an_axis_without_movable_elements_is_no_reason_to_fail():
     found = zc.verify(model, zc.analyze(model, image), image)
     assert found.axes_checked == ()
     assert found.permutation_error == 0
+
+
+class Gives(nn.Module):
+    """A small model that gives what `end` makes of its features."""
+
+    def __init__(self, end):
+        super().__init__()
+        self.a, self.b, self.end = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 8, 3), end
+
+    def forward(self, x):
+        return self.end(self.b(self.a(x).relu()).mean((2, 3)))
+
+
+SMALL = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+
+
+def test_sparse_outputs_are_compared():
+    model = Gives(lambda y: y.to_sparse()).eval()
+    layout = zc.analyze(model, SMALL)
+    assert zc.verify(model, layout, SMALL).permutation_error < 1e-6
+
+
+def test_a_model_in_torchscript_is_refused_in_one_line():
+    model = torch.jit.script(nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 8, 3)).eval())
+    with pytest.raises(zc.VerificationError, match="TorchScript"):
+        zc.verify(model, zc.analyze(model, SMALL), SMALL)
+
+
+def test_the_programs_random_numbers_go_on_as_if_nothing_was_verified():
+    model = Gives(lambda y: nn.functional.dropout(y, 0.5, training=True)).eval()
+    layout = zc.analyze(model, SMALL)
+    before = torch.get_rng_state()
+    with pytest.raises(zc.VerificationError, match="random"):
+        zc.verify(model, layout, SMALL)
+    assert torch.equal(torch.get_rng_state(), before)

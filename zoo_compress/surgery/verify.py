@@ -49,6 +49,7 @@ class Verification:
 
 
 @takes_model
+@torch.random.fork_rng(devices=[])
 def verify(model: nn.Module, layout: Layout, example_input: torch.Tensor | None = None, seed: int = 0) -> Verification:
     """Prove a layout on its model.
 
@@ -178,6 +179,8 @@ def _varied(parameter: torch.Tensor, generator: torch.Generator) -> torch.Tensor
 
 
 def _check_fits(model: nn.Module, layout: Layout) -> None:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise VerificationError("the model is TorchScript, of which nothing can be changed or proven: verify the module it was made of")
     try:
         check_fits(model, layout)
     except ValueError as error:
@@ -310,7 +313,7 @@ def run_flat(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
 
 def flat(output: Any) -> torch.Tensor:
     """Every tensor of a model's output, flattened into one."""
-    return torch.cat([leaf.reshape(-1) for leaf in tensors_in(output)])
+    return torch.cat([(leaf if leaf.layout == torch.strided else leaf.to_dense()).reshape(-1) for leaf in tensors_in(output)])
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
