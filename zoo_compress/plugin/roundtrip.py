@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from timm.models import get_model_input_config
 from torch import Tensor, nn
 
 from ..errors import CompressError
+from ..surgery.draws import same_draws
 from ..surgery.elastic import Elastic
 from ..surgery.modules import every_output, statistics, twin
 from ..surgery.outputs import tensors_in
@@ -134,7 +134,7 @@ def _run(model: nn.Module, images: Tensor) -> tuple[Digests, Exception | None]:
     handles = [module.register_forward_hook(watch(path)) for path, module in model.named_modules()]
     model.eval()
     try:
-        with _same_draws(images.device), torch.no_grad(), every_output(model):
+        with same_draws(images.device), torch.no_grad(), every_output(model):
             model(images)
     except MODEL_ERRORS as error:
         return found, error
@@ -142,15 +142,6 @@ def _run(model: nn.Module, images: Tensor) -> tuple[Digests, Exception | None]:
         for handle in handles:
             handle.remove()
     return found, None
-
-
-@contextmanager
-def _same_draws(device: torch.device) -> Iterator[None]:
-    """Within, torch draws the same random numbers every time; afterwards it goes on as if nothing had been drawn."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(0)
-        yield
 
 
 def _digest(output: Any) -> bytes:

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
 
 from ..structure import terms
 from ..structure.layout import Layout, Widths, parse
 from .images import fitting
+from .outputs import tensors_in
 from .resize import picks
 
 
@@ -32,7 +32,7 @@ def outputs(
     found = []
     with torch.no_grad():
         for batch in images:
-            leaves = _tensors(model(fitting(model, batch)))
+            leaves = tensors_in(model(fitting(model, batch)))
             if layout is not None:
                 leaves = [_whole(leaf, dims, layout, pick) for leaf, dims in zip(leaves, layout.outputs, strict=True)]
             found.append(_joined(leaves))
@@ -84,10 +84,6 @@ def gives_logits(model: nn.Module, output: Any) -> bool:
     return isinstance(output, torch.Tensor) and output.ndim == 2 and output.shape[1] > 1 and getattr(model, "num_classes", 1) != 0
 
 
-def _tensors(output: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-
-
 def _joined(output: Any) -> torch.Tensor:
-    leaves = _tensors(output)
+    leaves = tensors_in(output)
     return leaves[0] if len(leaves) == 1 else torch.cat([leaf.flatten(1) for leaf in leaves], 1)

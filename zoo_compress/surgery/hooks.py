@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CompressError
+from .draws import same_draws
 
 _logger = logging.getLogger(__name__)
 
@@ -174,8 +175,7 @@ def _outputs(model: nn.Module, images: Tensor) -> tuple[list[Tensor], Exception 
     from .outputs import tensors_in  # which knows modules, as what decorates public functions does
 
     try:
-        with torch.random.fork_rng(devices=[images.device] if images.device.type == "cuda" else []), torch.no_grad():
-            torch.manual_seed(0)
+        with same_draws(images.device), torch.no_grad():
             model.eval()
             return tensors_in(model(images)), None
     except Exception as error:  # a user's hook may raise anything

@@ -8,11 +8,12 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import get_model_args, is_model
+from timm.models import get_model_args
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from .modules import own
+from .origin import architecture_of
 from .tracer import MODEL_ERRORS, named_tensors
 
 _OPAQUE = (nn.Module, type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, str, bytes, int, float, complex, torch.dtype)
@@ -66,17 +67,15 @@ def gives_features(model: nn.Module) -> bool:
     A head of one's own on such a model, with parameters or without, makes its output something else, so the model has to have the modules,
     by name and class, and the parameters and buffers, by name and shape, that timm gives to one without classes.
     """
-    cfg = own(model, "pretrained_cfg")
-    architecture = cfg.get("architecture") if isinstance(cfg, Mapping) else None
-    if own(model, "num_classes") != 0 or not isinstance(cfg, Mapping) or not isinstance(architecture, str):
+    architecture = architecture_of(model)
+    if own(model, "num_classes") != 0 or architecture is None:
         return False
-    if not is_model(architecture):
-        return False
-    args = {**vars(model).get("_model_args", {}), **get_model_args(model), "num_classes": 0}
+    cfg = dict(own(model, "pretrained_cfg"))
+    args = {**(own(model, "_model_args") or {}), **get_model_args(model), "num_classes": 0}
     for device in ("meta", "cpu"):  # some build tables out of values
         try:
             with torch.random.fork_rng(devices=[]), torch.device(device):
-                twin = timm.create_model(architecture, pretrained=False, pretrained_cfg=dict(cfg), **args)
+                twin = timm.create_model(architecture, pretrained=False, pretrained_cfg=cfg, **args)
         except MODEL_ERRORS:
             continue
         return _structure(model) == _structure(twin)

@@ -39,9 +39,11 @@ def leaves(value: Any) -> Iterator[Any]:
         yield from leaves((value.start, value.stop, value.step))
 
 
-def call(name: str, given: Iterable[Any]) -> Call:
-    """What is remembered of a call."""
-    return name, tuple(None if isinstance(n, (Size, Computed)) else n for n in given if isinstance(n, (int, float)))
+def call(function: Any, given: Iterable[Any]) -> Call:
+    """What is remembered of a call of a torch function."""
+    numbers = (number for number in given if isinstance(number, (int, float)))
+    known = tuple(None if isinstance(number, (Size, Computed)) else number for number in numbers)
+    return getattr(function, "__name__", str(function)), known
 
 
 class _Recorder(TorchFunctionMode):
@@ -50,7 +52,7 @@ class _Recorder(TorchFunctionMode):
         self.calls: list[Call] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls.append(call(getattr(func, "__name__", str(func)), leaves((args, kwargs or {}))))
+        self.calls.append(call(func, leaves((args, kwargs or {}))))
         return func(*args, **(kwargs or {}))
 
 

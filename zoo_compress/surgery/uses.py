@@ -18,7 +18,7 @@ from ..structure.layout import Layout, parse
 from ..structure.terms import Product, Sum, Term
 from ..structure.unify import Variable
 from .modules import get_tensor
-from .trace import empty_input, run_traced
+from .trace import input_for, run_traced
 from .tracer import MODEL_ERRORS, Tracer, named_tensors
 
 ADDED = frozenset(
@@ -110,7 +110,7 @@ def _without(told: Collection[str], dim: str, layout: Layout) -> str:
 
 def _watched(model: nn.Module, layout: Layout, names: Iterable[str], beside: set[str]) -> _Seen:
     """What a run uses, of a model on tensors without values where these need not be known."""
-    example = layout.example if layout.example is not None else empty_input(model, layout.input_shape)
+    example = input_for(model, layout)
     try:
         seen = _run(model, example, "meta", names)
         computed = any(sources & beside and tensor.ndim > 1 for tensor, _, sources in seen.weights)

@@ -15,11 +15,12 @@ from ..structure import terms
 from ..structure.layout import Layout, Widths, parse
 from ..structure.widths import groups
 from .calibrate import estimate
+from .draws import same_draws
 from .images import fitting
 from .modules import clear_caches, copied, every_output, in_eval_mode, takes_model
 from .outputs import tensors_in
 from .resize import check_fits, permuted_copy, picks, resize
-from .trace import count_macs, default_input, run_traced
+from .trace import count_macs, input_for, run_traced
 from .tracer import MODEL_ERRORS, named_tensors
 
 TOLERANCE = 1e-4
@@ -71,7 +72,7 @@ def verify(model: nn.Module, layout: Layout, example_input: torch.Tensor | None 
     """
     _check_fits(model, layout)
     generator = np.random.default_rng(seed)
-    example = example_input if example_input is not None else _known_input(model, layout)
+    example = example_input if example_input is not None else input_for(model, layout)
     subject, image, expected = randomised(model, example, seed, double=True)
     _check_proves(subject, image, expected, seed)
     change = _permutation_proof(subject, layout, generator, image, expected)
@@ -99,17 +100,13 @@ def prove_permutation(model: nn.Module, layout: Layout, example_input: torch.Ten
         VerificationError: Naming the parameter that does not fit, or the axis whose permutation changes the output in double precision.
     """
     _check_fits(model, layout)
-    example = (example_input if example_input is not None else _known_input(model, layout))[:1]
+    example = (example_input if example_input is not None else input_for(model, layout))[:1]
     subject, image, expected = randomised(model, example, seed, double=False)
     change = _permutation_error(subject, layout, _movable(layout), np.random.default_rng(seed), image, expected)
     if change < ROUNDING:
         return change
     subject, image, expected = randomised(model, example, seed, double=True)
     return _permutation_proof(subject, layout, np.random.default_rng(seed), image, expected)
-
-
-def _known_input(model: nn.Module, layout: Layout) -> torch.Tensor:
-    return layout.example if layout.example is not None else default_input(model)
 
 
 def prove_zeroing(model: nn.Module, layout: Layout, widths: Mapping[str, np.ndarray]) -> float | None:
@@ -128,7 +125,7 @@ def prove_zeroing(model: nn.Module, layout: Layout, widths: Mapping[str, np.ndar
     Raises:
         VerificationError: If they differ, or two passes of the model itself do.
     """
-    example = _known_input(model, layout)
+    example = input_for(model, layout)
     generator = torch.Generator().manual_seed(0)
     subject = in_eval_mode(copied(model, {id(p): _varied(p, generator) for p in model.parameters()}))
     for part in _smaller(example):
@@ -265,12 +262,12 @@ def _two_passes(model: nn.Module, image: torch.Tensor, expected: torch.Tensor) -
 
     if agree(again(), expected):
         return None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with same_draws():
         first = again()
-        torch.manual_seed(0)
-        if agree(again(), first):
-            return "draws random numbers in eval mode, so that two passes differ"
+    with same_draws():
+        second = again()
+    if agree(second, first):
+        return "draws random numbers in eval mode, so that two passes differ"
     return "keeps a state between calls, so that two passes differ; have its forward start anew, or reset it by a hook before every pass"
 
 
